@@ -1,0 +1,25 @@
+"""URL list → token shards. Never imports torch, deepspeed or gpt2train.
+
+The rooms, in the order the data flows:
+
+    config         every setting, its default and its sentence
+    records        the tables between stages, the errors, the ledger's vocabulary
+    urls           URL lists → normalized, blocked, unique URLs, in shards by registrable domain
+    addresses      which address may be connected to; the connector that enforces it
+    robots         robots.txt by RFC 9309
+    fetch          URLs → responses in WARC files, politely and safely; a journal that survives kill -9
+    warc           writing and reading WARC records
+    extract        HTML → text, in a process that can be killed
+    language       which language a text is in
+    quality        rules of Gopher, C4, FineWeb and OpenWebText → kept, or dropped with a reason
+    dedup          exact and near duplicates; the best of a cluster stays
+    contamination  n-grams of evaluation sets in the corpus
+    tokenizer      GPT-2 byte-pair encoding, checked by hash, without a download
+    pack           documents → shuffled token shards, train and validation
+    token_shards   the on-disk format of tokens: written here, read by training
+    store          atomic files, hashes, markers, the lock
+    executors      shard tasks on this machine's cores
+    ledger         one row a URL; totals that must add up
+    report         summary → one HTML file
+    pipeline       the only room that wires stages
+"""

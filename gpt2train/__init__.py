@@ -1,0 +1,25 @@
+"""Token shards → a trained, evaluated, exported GPT-2.
+
+The rooms, in the order a run meets them:
+
+    config      every setting, its default and its sentence
+    compose     Hydra groups and overrides → a checked dataclass; all faults at once
+    data        token shards → the batch of a step, from seed and step alone
+    model       GPT-2 in plain PyTorch
+    optim       parameter groups, AdamW, the learning-rate schedule
+    engine      the one place that makes DeepSpeed's dictionary and starts it
+    checkpoint  safetensors by parameter name: written beside, verified, published by a rename
+    metrics     metrics.jsonl, the terminal line, Weights & Biases
+    train       the loop
+    evaluate    validation loss, perplexity of texts
+    generate    sampling
+    hf          our parameters ↔ Hugging Face's
+    export      a run → a folder that transformers loads, with a model card
+    trace       a step → the documents it saw
+    scaling     runs of several sizes → a table and a picture of loss over size
+    report      a run → one HTML file
+    cli         the commands
+
+From data_pipeline only `token_shards` and `tokenizer` are imported (cli aside); deepspeed only in engine and
+checkpoint.
+"""

@@ -1,0 +1,364 @@
+"""All settings of training and of what follows it: defaults, units and the sentence that explains each field.
+
+They stand in one room that imports neither torch nor deepspeed, so that `--help`, `plan`, tab completion and the report
+of wrong settings answer at once. Files in `configs/train/` hold only what a model size or a recipe changes.
+
+    GPT2TrainError                exit code 1
+    ├── ConfigError               2   settings that cannot work; all of them, together
+    ├── RunExistsError            2   starting from nothing over an existing run, without the explicit word
+    ├── CheckpointError           5   no whole checkpoint where one was asked for
+    ├── NonFiniteError            6   a loss or gradient is not finite; the update was not made
+    └── PeerError                 7   a rank died or stopped; the cause is named
+
+A run that was asked to stop (SIGTERM, SIGUSR1) saves and exits with REQUEUE_EXIT_CODE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+REQUEUE_EXIT_CODE = 85
+"""Exit code of a run that saved and stopped because it was told to; start it again and it goes on."""
+
+VOCABULARY = 50_257
+"""Tokens of the GPT-2 BPE, `<|endoftext|>` (50,256) included."""
+
+
+class GPT2TrainError(Exception):
+    """Ends the command with `exit_code` and one clear line; a traceback is for bugs only."""
+
+    exit_code = 1
+
+
+class ConfigError(GPT2TrainError):
+    """Settings that cannot work: `faults` holds one line each (field, value, bound, remedy)."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class RunExistsError(GPT2TrainError):
+    exit_code = 2
+
+
+class CheckpointError(GPT2TrainError):
+    exit_code = 5
+
+
+class NonFiniteError(GPT2TrainError):
+    exit_code = 6
+
+
+class PeerError(GPT2TrainError):
+    exit_code = 7
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class WandbMode(Enum):
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+class LRSchedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class ActivationCheckpointing(Enum):
+    none = "none"
+    full = "full"
+
+
+@dataclass
+class ModelConfig:
+    name: str = "small"
+    layers: int = 12
+    channels: int = 768
+    heads: int = 12
+    context: int = 1024
+    """Longest sequence, in tokens."""
+    vocabulary: int = VOCABULARY
+    """Tokens that can be predicted and sampled."""
+    pad_vocabulary_to: int = 128
+    """The embedding's rows are rounded up to a multiple of this for speed; the padding is never a target nor sampled."""
+    dropout: float = 0.0
+    """Probability of zeroing, for embeddings, attention and residuals."""
+
+    @property
+    def padded_vocabulary(self) -> int:
+        return -(-self.vocabulary // self.pad_vocabulary_to) * self.pad_vocabulary_to
+
+
+@dataclass
+class DataConfig:
+    path: str = ""
+    """Folder of token shards (`corpus/tokens`); `data=FOLDER` is short for it."""
+    verify: bool = True
+    """Check every shard's size and sha256 against the manifest before the first step."""
+
+
+@dataclass
+class BatchConfig:
+    sequences: int = 512
+    """Sequences of one optimizer step over all GPUs (the paper's: 512)."""
+    micro: int = 0
+    """Sequences of one forward pass on one GPU; 0: as many as divide, at most 8."""
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 6e-4
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """Last learning rate over `lr`."""
+    warmup_steps: int = 700
+    schedule: LRSchedule = LRSchedule.cosine
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices alone; biases, gains and nothing one-dimensional decay."""
+    clip_grad_norm: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+
+
+@dataclass
+class ZeroConfig:
+    stage: int = 1
+    """ZeRO stage: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights are split over GPUs."""
+
+
+@dataclass
+class DeepspeedConfig:
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Merged untouched over the DeepSpeed dictionary that engine.py makes."""
+
+
+@dataclass
+class CheckpointConfig:
+    every_steps: int = 1000
+    """Steps between checkpoints; the last step is always saved. 0: only the last."""
+    keep_last: int = 3
+    """Newest checkpoints that stay; 0: all."""
+
+
+@dataclass
+class EvaluateConfig:
+    every_steps: int = 250
+    """Steps between validation losses; also after the last step. 0: never."""
+    sequences: int = 256
+    """Validation sequences, always the same ones."""
+
+
+@dataclass
+class LoggingConfig:
+    every_steps: int = 10
+    """Steps between lines on the terminal; metrics.jsonl has every step."""
+    wandb: WandbMode = WandbMode.off
+    wandb_project: str = "gpt2train"
+
+
+@dataclass
+class DistributedConfig:
+    timeout_s: float = 600.0
+    """A collective, or a step, that takes longer ends the run on every rank with a named cause, in seconds."""
+
+
+@dataclass
+class TrainConfig:
+    """`gpt2train train`: token shards → a model; run again with the same run_dir to go on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    recipe: str = "gpt2"
+    """Name of the recipe in force; choose with recipe=NAME."""
+    data: DataConfig = field(default_factory=DataConfig)
+    run_dir: str = ""
+    """Folder of the run: config, metrics, checkpoints. The same command again resumes from its newest checkpoint."""
+    overwrite: bool = False
+    """Start from nothing over an existing run."""
+    steps: int = 0
+    """Optimizer steps of the whole run."""
+    seed: int = 1337
+    """Seed of the initial weights, of the data order and of dropout."""
+    device: Device = Device.auto
+    """auto: cuda where there is one."""
+    precision: Precision = Precision.bf16
+    """fp32, or bf16 with fp32 master weights."""
+    compile: bool = False
+    """torch.compile the model."""
+    activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    deepspeed: DeepspeedConfig = field(default_factory=DeepspeedConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+@dataclass
+class GenerateConfig:
+    """`gpt2train generate`: a run → text on standard output, all else on standard error."""
+
+    run: str = ""
+    """Run folder, checkpoint folder, or a folder in Hugging Face format."""
+    prompt: str = ""
+    """Text to go on from; empty: from `<|endoftext|>`, as an unconditional sample. `-` reads standard input."""
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_k: int = 40
+    """Sample among the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together reach this probability."""
+    seed: int = 0
+    samples: int = 1
+    device: Device = Device.auto
+
+
+@dataclass
+class EvaluateCommandConfig:
+    """`gpt2train evaluate`: a run → validation loss and perplexity, and where texts are named, theirs."""
+
+    run: str = ""
+    """Run folder, checkpoint folder, or a folder in Hugging Face format."""
+    data: str = ""
+    """Folder of token shards whose validation split is used; empty: the run's own."""
+    texts: list[str] = field(default_factory=list)
+    """Text files to give the perplexity of (sliding window)."""
+    sequences: int = 0
+    """Validation sequences; 0: all."""
+    stride: int = 512
+    """Step of the sliding window over a text, in tokens (1: exact, slow; the paper's protocol)."""
+    batch: int = 4
+    device: Device = Device.auto
+
+
+@dataclass
+class ExportConfig:
+    """`gpt2train export`: a run → a folder that transformers loads."""
+
+    run: str = ""
+    """Run folder or checkpoint folder."""
+    to: str = ""
+    """New folder: config.json, model.safetensors, tokenizer, model card."""
+
+
+@dataclass
+class ImportConfig:
+    """`gpt2train import`: a folder in Hugging Face format → a checkpoint to train on from."""
+
+    path: str = ""
+    """Folder with config.json and model.safetensors of a GPT2LMHeadModel."""
+    to: str = ""
+    """New run folder."""
+
+
+@dataclass
+class TraceConfig:
+    """`gpt2train trace`: a step → the documents and URLs that it saw."""
+
+    run: str = ""
+    """Run folder."""
+    step: int = 0
+    """Step, counted from 1 as in metrics.jsonl."""
+
+
+def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
+    """All faults of `config` on `world_size` ranks, one line each: field=value: bound; remedy. Empty when it can run."""
+    faults: list[str] = []
+
+    def require(holds: bool, name: str, value: object, bound: str, remedy: str) -> None:
+        if not holds:
+            faults.append(f"{name}={value}: {bound}; {remedy}")
+
+    c, m, o, b = config, config.model, config.optimizer, config.batch
+    require(bool(c.data.path), "data", "''", "must name a folder of token shards", "give data=corpus/tokens")
+    require(bool(c.run_dir), "run_dir", "''", "must name the run's folder", "give run_dir=runs/NAME")
+    require(c.steps > 0, "steps", c.steps, "must be above 0", "give steps=1000")
+    for name in ("layers", "channels", "heads", "context", "vocabulary", "pad_vocabulary_to"):
+        require(getattr(m, name) > 0, f"model.{name}", getattr(m, name), "must be above 0", "choose model=small")
+    if m.heads > 0:
+        require(
+            m.channels % m.heads == 0,
+            "model.channels",
+            m.channels,
+            f"must be a multiple of model.heads={m.heads}",
+            f"give {-(-m.channels // m.heads) * m.heads}",
+        )
+    require(m.vocabulary < 65_536, "model.vocabulary", m.vocabulary, "must fit uint16 token shards", "give 50257")
+    require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must lie in [0, 1)", "give 0.0 or 0.1")
+    require(b.sequences > 0, "batch.sequences", b.sequences, "must be above 0", "give 512")
+    require(b.micro >= 0, "batch.micro", b.micro, "must be 0 (automatic) or more", "leave it out")
+    if b.sequences > 0 and b.micro >= 0:
+        require(
+            b.sequences % world_size == 0,
+            "batch.sequences",
+            b.sequences,
+            f"must be a multiple of the {world_size} processes",
+            f"give {-(-b.sequences // world_size) * world_size}",
+        )
+        per_pass = b.micro * world_size
+        if b.micro > 0 and b.sequences % world_size == 0:
+            require(
+                b.sequences % per_pass == 0,
+                "batch.micro",
+                b.micro,
+                f"batch.sequences={b.sequences} must be a multiple of batch.micro × {world_size} processes = {per_pass}",
+                f"give batch.sequences={-(-b.sequences // per_pass) * per_pass} or another batch.micro",
+            )
+    require(o.lr > 0, "optimizer.lr", o.lr, "must be above 0", "give 6e-4")
+    require(0 <= o.min_lr_ratio <= 1, "optimizer.min_lr_ratio", o.min_lr_ratio, "must lie in [0, 1]", "give 0.1")
+    require(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "must be 0 or more", "leave it out")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "must lie in [0, 1)", "leave it out")
+    for name in ("eps", "weight_decay", "clip_grad_norm"):
+        require(getattr(o, name) >= 0, f"optimizer.{name}", getattr(o, name), "must be 0 or more", "leave it out")
+    require(c.zero.stage in (0, 1, 2, 3), "zero.stage", c.zero.stage, "must be 0, 1, 2 or 3", "give 1")
+    require(
+        not (c.zero.stage == 0 and c.precision is Precision.bf16),
+        "zero.stage",
+        0,
+        "adds up bf16 gradients in bf16 (DeepSpeed#1800)",
+        "give zero.stage=1, also on one GPU, or precision=fp32",
+    )
+    for owner, name in (
+        (c.checkpoint, "checkpoint.every_steps"),
+        (c.checkpoint, "checkpoint.keep_last"),
+        (c.evaluate, "evaluate.every_steps"),
+    ):
+        value = getattr(owner, name.split(".")[1])
+        require(value >= 0, name, value, "must be 0 or more", "leave it out")
+    require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
+    require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
+    require(
+        c.distributed.timeout_s >= 1, "distributed.timeout_s", c.distributed.timeout_s, "must be at least 1 s", "give 600"
+    )
+    return faults
+
+
+def micro_batch(config: TrainConfig, world_size: int) -> int:
+    """Sequences of one forward pass on one GPU: `batch.micro`, or the largest divisor of a rank's share up to 8."""
+    if config.batch.micro:
+        return config.batch.micro
+    share = config.batch.sequences // world_size
+    return max(d for d in range(1, min(8, share) + 1) if share % d == 0)
