@@ -64,7 +64,7 @@ class FetchConfig:
     contact: str = ""
     """Where site owners reach you (https:// page or mail address); it goes into the user agent. Needed for any
     address that is not listed in `allow_addresses`."""
-    user_agent: str = "gpt2train"
+    user_agent: str = "gpttrain"
     """Product token that robots.txt rules are matched against."""
     allow_addresses: list[str] = field(default_factory=list)
     """Exact `ip:port` pairs that may be connected to although they are not public (a local mirror, a test server)."""
