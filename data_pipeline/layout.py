@@ -1,0 +1,65 @@
+"""Where each file of a corpus folder lies. Shards have the same number in every stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Paths below `out`; `k` is a shard's number."""
+
+    out: Path
+
+    def folder(self, stage: str) -> Path:
+        return self.out / stage
+
+    def table(self, stage: str, k: int) -> Path:
+        """What a stage hands on: urls (URL_SCHEMA), fetch (PAGE_SCHEMA), extract and documents (DOCUMENT_SCHEMA)."""
+        return self.out / stage / f"{k:05d}.parquet"
+
+    def verdicts(self, stage: str, k: int) -> Path:
+        """VERDICT_SCHEMA: one row for each row that entered the stage."""
+        return self.out / stage / f"{k:05d}.verdicts.parquet"
+
+    def changes(self, k: int) -> Path:
+        """What the filter found of its documents: index, language, and the text where a rule changed it."""
+        return self.out / "filter" / f"{k:05d}.changes.parquet"
+
+    def signatures(self, k: int) -> Path:
+        return self.out / "dedup" / f"{k:05d}.signatures.parquet"
+
+    @property
+    def duplicates(self) -> Path:
+        return self.out / "dedup" / "duplicates.parquet"
+
+    def found_ngrams(self, k: int) -> Path:
+        return self.out / "decontaminate" / f"{k:05d}.found.parquet"
+
+    @property
+    def contamination(self) -> Path:
+        return self.out / "decontaminate" / "contamination.json"
+
+    def part(self, k: int) -> tuple[Path, Path]:
+        """Tokens of one shard's documents before the shuffle: raw uint16, and the documents' lengths."""
+        return self.out / "tokenize" / f"{k:05d}.tokens", self.out / "tokenize" / f"{k:05d}.documents.parquet"
+
+    @property
+    def tokens(self) -> Path:
+        return self.out / "tokens"
+
+    def ledger(self, k: int) -> Path:
+        return self.out / "ledger" / f"{k:05d}.parquet"
+
+    @property
+    def summary(self) -> Path:
+        return self.out / "summary.json"
+
+    @property
+    def config(self) -> Path:
+        return self.out / "config.yaml"
+
+    @property
+    def report(self) -> Path:
+        return self.out / "report.html"

@@ -1,0 +1,228 @@
+"""Files that are whole or absent: atomic writes, hashes, the marker of a finished step, the lock of a corpus folder.
+
+A step (one shard of one stage) is finished when its marker says so, and the marker is believed only while it fits:
+the same version and settings, the same input bytes, and outputs whose sha256 is still what was written. Anything else
+is named and done again. "A file exists" proves nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.records import LockedError, StorageError
+
+# Errors of the machine, not of the program: the run ends with StorageError and goes on once they are mended.
+_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError that the machine causes at `path` into a StorageError with a remedy."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in _MACHINE_ERRORS:
+            raise
+        raise StorageError(
+            f"{path}: {os.strerror(e.errno or 0)}; earlier results are intact, run the same command again once mended"
+        ) from e
+
+
+@contextmanager
+def write_atomic(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is synced and renamed, on failure removed."""
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            yield temporary
+            sync_file(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync a folder, so that a rename in it survives a power cut."""
+    sync_file(folder)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """A Parquet file whose bytes depend on the table's content alone."""
+    with write_atomic(path) as temporary:
+        pq.write_table(table.combine_chunks(), temporary, compression="zstd", row_group_size=10_000)
+
+
+def write_json(value: object, path: Path) -> None:
+    with write_atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)
+
+
+def _sha256(f: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed run left half-written. Only under the lock."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Own `folder` until the block ends; the kernel frees the lock of a dead process. Raises LockedError."""
+    path = folder / ".lock"
+    with storage_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
+    try:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            f.seek(0)
+            owner = f.read().strip() or "another process"
+            raise LockedError(f"out={folder}: in use by {owner}; wait for it, or give another folder") from None
+        f.seek(0)
+        f.truncate()
+        f.write(f"process {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
+    finally:
+        f.close()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work whose result is files: a shard of a stage, or a stage's global part."""
+
+    stage: str
+    name: str
+    folder: Path
+    settings: Mapping[str, Any]
+    """JSON values that decide the result, besides the inputs."""
+    inputs: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    """Empty when only the work tells how many there are; then the marker lists them."""
+    version: int = 1
+    """Raised when the code changes what it makes of the same input."""
+
+    @property
+    def marker(self) -> Path:
+        return self.folder / f"{self.name}.done.json"
+
+
+@dataclass
+class Hashes:
+    """sha256 of files, computed once per size and modification time within this process."""
+
+    known: dict[Path, tuple[int, int, str]] = field(default_factory=dict)
+
+    def of(self, path: Path) -> str | None:
+        """None when there is no such file."""
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            return None
+        cached = self.known.get(path)
+        if cached and cached[:2] == (stat.st_size, stat.st_mtime_ns):
+            return cached[2]
+        digest = sha256_file(path)
+        self.known[path] = (stat.st_size, stat.st_mtime_ns, digest)
+        return digest
+
+
+def read_marker(step: Step) -> dict[str, Any] | None:
+    """The step's marker; None when there is none or it cannot be read."""
+    try:
+        marker = json.loads(step.marker.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return marker if isinstance(marker, dict) else None
+
+
+def why_not_done(step: Step, hashes: Hashes) -> str | None:
+    """None when the step's result stands; otherwise why it has to be made: "" if it never was, or what changed."""
+    marker = read_marker(step)
+    if marker is None:
+        return "its marker is torn" if step.marker.exists() else ""
+    if marker.get("version") != step.version:
+        return f"made by version {marker.get('version')} of this stage, now {step.version}"
+    before, now = marker.get("settings", {}), json.loads(json.dumps(dict(step.settings)))
+    if before != now:
+        changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
+        return "settings changed: " + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed)
+    inputs = {_name(p, step): hashes.of(p) for p in step.inputs}
+    if marker.get("inputs") != inputs:
+        old = marker.get("inputs", {})
+        changed = [k for k in sorted({*old, *inputs}) if old.get(k) != inputs.get(k)]
+        return f"input changed: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}"
+    for path in step.outputs or recorded_outputs(step, marker):
+        expected, got = marker.get("outputs", {}).get(_name(path, step)), hashes.of(path)
+        if got is None:
+            return f"{path.name} is missing"
+        if got != expected:
+            return f"{path.name} is damaged (sha256 {got[:12]}…, written as {str(expected)[:12]}…)"
+    return None
+
+
+def recorded_outputs(step: Step, marker: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The files that a marker speaks for."""
+    return tuple(step.folder.parent / name for name in marker.get("outputs", {}))
+
+
+def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Sequence[Path] = ()) -> None:
+    """Write the marker, last of all: `counts` is what the step says of its rows."""
+    write_json(
+        {
+            "stage": step.stage,
+            "version": step.version,
+            "settings": dict(step.settings),
+            "inputs": {_name(p, step): hashes.of(p) for p in step.inputs},
+            "outputs": {_name(p, step): hashes.of(p) for p in step.outputs or outputs},
+            "counts": dict(counts),
+        },
+        step.marker,
+    )
+
+
+def prune(folder: Path, keep: Sequence[Path]) -> list[Path]:
+    """Remove the numbered files of `folder` that no step makes any more (a run with more shards left them)."""
+    kept = set(keep)
+    gone = [p for p in folder.glob("[0-9][0-9][0-9][0-9][0-9].*") if p not in kept]
+    for path in gone:
+        path.unlink()
+    return gone
+
+
+def _name(path: Path, step: Step) -> str:
+    return os.path.relpath(path, step.folder.parent)
