@@ -107,6 +107,25 @@ class ModelConfig:
         return -(-self.vocabulary // self.pad_vocabulary_to) * self.pad_vocabulary_to
 
 
+def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
+    """Trainable numbers of a model, the shared embedding counted once; `padded`: with the embedding's padding rows.
+
+    A block holds 12·C² weights (3·C² + C² of attention, 4·C² + 4·C² of the MLP), 9·C biases and 4·C of layer norms.
+    """
+    c = config.channels
+    vocabulary = config.padded_vocabulary if padded else config.vocabulary
+    return (vocabulary + config.context) * c + config.layers * (12 * c * c + 13 * c) + 2 * c
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """Floating-point operations of training on one token, forward and backward, at full context.
+
+    6 for each parameter, and 12·layers·channels·context for attention scores and their use; the causal half is not
+    taken off (Chowdhery et al. 2022, "PaLM", appendix B).
+    """
+    return 6 * parameter_count(config) + 12 * config.layers * config.channels * config.context
+
+
 @dataclass
 class DataConfig:
     path: str = ""
