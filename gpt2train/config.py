@@ -250,7 +250,10 @@ class GenerateConfig:
     top_p: float = 1.0
     """Sample among the likeliest tokens that together reach this probability."""
     seed: int = 0
+    """Seed of the first sample; each further one adds 1."""
     samples: int = 1
+    echo: bool = True
+    """Print the prompt before what follows it."""
     device: Device = Device.auto
 
 
@@ -267,7 +270,8 @@ class EvaluateCommandConfig:
     sequences: int = 0
     """Validation sequences; 0: all."""
     stride: int = 512
-    """Step of the sliding window over a text, in tokens (1: exact, slow; the paper's protocol)."""
+    """Step of the sliding window over a text, in tokens; at most the model's context. 1: each token sees a full context,
+    and the text costs as many passes as it has tokens."""
     batch: int = 4
     device: Device = Device.auto
 
@@ -294,12 +298,14 @@ class ImportConfig:
 
 @dataclass
 class TraceConfig:
-    """`gpt2train trace`: a step → the documents and URLs that it saw."""
+    """`gpt2train trace`: a step → the documents and URLs that it saw; or a URL → the steps that saw it."""
 
     run: str = ""
     """Run folder."""
     step: int = 0
     """Step, counted from 1 as in metrics.jsonl."""
+    url: str = ""
+    """Instead of a step: this URL, exactly as the corpus's documents.parquet has it."""
 
 
 def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:

@@ -63,8 +63,7 @@ def validation_loss(
             mine = turn * world_size + rank
             start = starts[mine] if mine < len(starts) else 0
             stop = min(start + micro, count)
-            batch = np.stack([windows[i] for i in range(start, stop)]).astype(np.int64)
-            batch_BT = torch.from_numpy(batch).to(device)
+            batch_BT = torch.from_numpy(windows.read(np.arange(start, stop))).to(device)
             with torch.no_grad(), _autocast(device, autocast_dtype):
                 loss = model(batch_BT[:, :-1], batch_BT[:, 1:])
             if mine < len(starts):

@@ -46,7 +46,9 @@ def read_run_config(run_dir: str | Path) -> TrainConfig:
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError([f"{path}: cannot be read as settings ({reason}); restore the file that `train` wrote"]) from None
+        raise ConfigError(
+            [f"{path}: cannot be read as settings ({reason}); restore the file that `train` wrote"]
+        ) from None
     assert isinstance(config, TrainConfig)
     return config
 
