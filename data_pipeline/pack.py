@@ -1,0 +1,177 @@
+"""Documents → token ids, shard by shard; then all shards → one shuffled folder of token shards.
+
+`tokenize_shard` (one process per shard): a Parquet file of documents → a part, which is two files: the raw uint16 ids
+of its documents one after another, each ended by `<|endoftext|>`, and a table of PART_SCHEMA in the same order.
+
+`write_token_shards` (one process): all parts → train and validation as token_shards describes. Which split a document
+goes to, and where it stands there, follows from its digest, its index and the seed alone: the same documents give the
+same bytes, whatever shards they came in. Tokens are copied from memory-mapped parts, one document at a time; what stays
+in memory is about 250 bytes a document (its URL and digest above all).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline import tokenizer
+from data_pipeline.config import TokenizeConfig
+from data_pipeline.records import CorruptionError, InputError
+from data_pipeline.store import storage_errors, sync_folder, write_atomic
+from data_pipeline.token_shards import TOKEN
+from data_pipeline.token_writer import TokenShardWriter
+
+PART_SCHEMA = pa.schema(
+    [("index", pa.int64()), ("url", pa.string()), ("digest", pa.string()), ("tokens", pa.int64())],
+)
+BATCH_ROWS = 1_000  # documents read, encoded, written or reported at a time
+OPEN_PARTS = 256  # parts mapped at once: each holds a file descriptor, of which a process has 1,024 by default
+
+
+def tokenize_shard(documents: Path, tokens_out: Path, documents_out: Path) -> dict[str, Any]:
+    """Encode the documents (DOCUMENT_SCHEMA) of one shard, in their order.
+
+    Each output file appears whole or not at all. Returns {"documents", "tokens", "text_bytes"}; tokens include one
+    `<|endoftext|>` a document.
+    """
+    encode = tokenizer.load().encode
+    end = np.array([tokenizer.END_OF_TEXT], TOKEN)
+    counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
+    with (
+        write_atomic(tokens_out) as tokens_path,
+        write_atomic(documents_out) as documents_path,
+        pq.ParquetFile(documents) as rows,
+        open(tokens_path, "wb") as tokens_file,
+        pq.ParquetWriter(documents_path, PART_SCHEMA, compression="zstd") as table,
+    ):
+        for batch in rows.iter_batches(BATCH_ROWS, columns=["index", "url", "text", "digest"]):
+            lengths = []
+            for text in batch["text"].to_pylist():
+                ids = encode(text).astype(TOKEN, copy=False)
+                tokens_file.write(ids.data)
+                tokens_file.write(end.data)
+                lengths.append(len(ids) + 1)
+                counts["text_bytes"] += len(text.encode())
+            columns = [batch["index"], batch["url"], batch["digest"], pa.array(lengths, pa.int64())]
+            table.write_table(pa.table(columns, schema=PART_SCHEMA))
+            counts["documents"] += len(lengths)
+            counts["tokens"] += sum(lengths)
+    return counts
+
+
+def write_token_shards(
+    parts: Sequence[tuple[Path, Path]],
+    out: Path,
+    config: TokenizeConfig,
+    fingerprint: str,
+    on_progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Shuffle the documents of all `parts` (tokens_out, documents_out of `tokenize_shard`) into the folder `out`.
+
+    `out` is replaced as a whole, by renames, once everything is on disk; a run killed before leaves it as it was, or,
+    in the instant between the two renames, absent. `fingerprint` identifies what made the documents and goes into the
+    manifest as `made_from`. `on_progress` gets the number of documents written since its last call.
+
+    Returns {"documents", "tokens", "train_documents", "train_tokens", "validation_documents", "validation_tokens"}.
+    Raises InputError when there is no document at all, CorruptionError when a part does not agree with itself.
+    """
+    documents, starts, part_of = _read_parts(parts)
+    if not len(starts):
+        raise InputError(f"{out}: no document is left to make token shards of; see the ledger for why each one went")
+    validation, order = _arrange(documents, config)
+    lengths = documents["tokens"].to_numpy()
+    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
+    with storage_errors(out):
+        for left_by_a_killed_run in (partial, old):
+            shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+        @functools.lru_cache(OPEN_PARTS)
+        def tokens_of(part: int) -> np.ndarray:
+            return np.asarray(np.memmap(parts[part][0], dtype=TOKEN, mode="r"))
+
+        with TokenShardWriter(
+            partial, shard_tokens=config.shard_tokens, tokenizer_sha256=tokenizer.load().sha256
+        ) as writer:
+            for split, chosen in (("train", order[~validation[order]]), ("validation", order[validation[order]])):
+                for first in range(0, len(chosen), BATCH_ROWS):
+                    batch = chosen[first : first + BATCH_ROWS]
+                    rows = documents.select(["index", "url", "digest"]).take(batch).to_pylist()
+                    for i, row in zip(batch.tolist(), rows, strict=True):
+                        tokens = tokens_of(int(part_of[i]))[starts[i] : starts[i] + lengths[i]]
+                        writer.append(split, tokens, **row)
+                    if on_progress:
+                        on_progress(len(batch))
+            manifest = writer.finish(
+                made_from=fingerprint,
+                settings={
+                    "seed": config.seed,
+                    "shard_tokens": config.shard_tokens,
+                    "validation_fraction": config.validation_fraction,
+                },
+            )
+        if out.exists():
+            os.rename(out, old)
+        os.rename(partial, out)
+        sync_folder(out.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    splits = manifest["splits"]
+    return {
+        "documents": sum(s["documents"] for s in splits.values()),
+        "tokens": sum(s["tokens"] for s in splits.values()),
+        **{f"{name}_{what}": s[what] for name, s in splits.items() for what in ("documents", "tokens")},
+    }
+
+
+def _read_parts(parts: Sequence[tuple[Path, Path]]) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """All parts' documents as one table, each one's first token in its part, and its part's number."""
+    tables, starts, part_of = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for number, (tokens_path, documents_path) in enumerate(parts):
+        table = pq.read_table(documents_path, schema=PART_SCHEMA)
+        ends = np.cumsum(table["tokens"].to_numpy())
+        expected = int(ends[-1]) * TOKEN.itemsize if len(ends) else 0
+        size = tokens_path.stat().st_size if tokens_path.exists() else 0
+        if size != expected:
+            raise CorruptionError(
+                f"{tokens_path}: {size} bytes, but {documents_path.name} counts {expected}; remove both and run again"
+            )
+        tables.append(table)
+        starts.append(ends - table["tokens"].to_numpy())
+        part_of.append(np.full(len(ends), number))
+    # large_string: the URLs and digests of some millions of documents are more than the 2 GiB that string can index.
+    wide = pa.schema([f.with_type(pa.large_string()) if f.type == pa.string() else f for f in PART_SCHEMA])
+    documents = pa.concat_tables([t.cast(wide) for t in tables]).combine_chunks() if tables else wide.empty_table()
+    return documents, np.concatenate(starts), np.concatenate(part_of)
+
+
+def _arrange(documents: pa.Table, config: TokenizeConfig) -> tuple[np.ndarray, np.ndarray]:
+    """validation[documents], bool, and order[documents]: the rows in the order in which they are written.
+
+    Both follow from keyed hashes of the digest, so that adding a document moves no other to the other split, and the
+    split does not follow from the seed. Equal hashes (equal texts) are ordered by index.
+    """
+    count = documents.num_rows
+    split_key = np.empty(count, np.uint64)
+    order_key = np.empty((count, 2), np.uint64)
+    seed = config.seed.to_bytes(8, "little", signed=True)
+    for i, digest in enumerate(documents["digest"]):
+        raw = digest.as_py().encode()
+        split_key[i] = int.from_bytes(blake2b(raw, digest_size=8, person=b"split").digest(), "little")
+        order_key[i] = np.frombuffer(blake2b(raw, digest_size=16, key=seed, person=b"order").digest(), "<u8")
+    index = documents["index"].to_numpy()
+    order = np.lexsort((index, order_key[:, 1], order_key[:, 0]))
+    validation = split_key < np.uint64(int(config.validation_fraction * 2**64))
+    if config.validation_fraction > 0 and count >= 2 and validation.all() | (~validation).all():
+        # So few documents that chance left a split empty: it gets the one whose hash lies nearest to it.
+        by_key = np.lexsort((index, split_key))
+        validation[by_key[-1] if validation.all() else by_key[0]] ^= True
+    return validation, order
