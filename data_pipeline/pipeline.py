@@ -1,0 +1,473 @@
+"""URL list, WARC files or text dataset → documents, ledger and token shards. The only room that knows the order of stages.
+
+Each stage is a list of steps (`store.Step`), mostly one a shard; a step that stands is not done again, one whose
+settings or input changed is, and the reason is said. So a run can be killed at any moment and the same command goes on:
+the result is the bytes of an undisturbed run (promise 1), whatever the number of workers.
+
+Chosen: files between stages, each with a marker that holds hashes, against one database for all. A shard can be looked
+at, copied and made again by itself, and any executor that can call a function will do. Stages after `extract` write
+verdicts, not texts, so that a changed threshold costs seconds and no disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+
+from data_pipeline import card, ledger, report, tasks, texts, tokenizer, urls
+from data_pipeline.config import STAGES, CorpusConfig, Source, check
+from data_pipeline.executors import Task, cores, run_tasks
+from data_pipeline.fetch import FetchShard
+from data_pipeline.layout import Corpus
+from data_pipeline.pack import write_token_shards
+from data_pipeline.progress import Reporter
+from data_pipeline.records import ConfigError, InputError
+from data_pipeline.store import (
+    Hashes,
+    Step,
+    lock,
+    mark_done,
+    prune,
+    read_marker,
+    recorded_outputs,
+    remove_temporaries,
+    storage_errors,
+    why_not_done,
+    write_atomic,
+    write_json,
+)
+
+ROWS_PER_SHARD = 5_000
+LEAST_SHARDS = 8
+
+# Stages whose verdicts a row meets on its way, by where it enters.
+LEDGER_STAGES = {
+    Source.urls: ("urls", "fetch", "extract", "filter", "dedup", "decontaminate"),
+    Source.warc: ("fetch", "extract", "filter", "dedup", "decontaminate"),
+    Source.dataset: ("extract", "filter", "dedup", "decontaminate"),
+}
+
+
+def build_corpus(config: CorpusConfig) -> int:
+    """Run the stages asked for; return 0. Raises PipelineError; see records.py for the exit codes."""
+    faults = check(config)
+    if faults:
+        raise ConfigError(faults)
+    out = Path(config.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out={out}: is a file; give a folder")
+    with lock(out), storage_errors(out):
+        remove_temporaries(out)
+        with write_atomic(Corpus(out).config) as temporary:
+            OmegaConf.save(OmegaConf.structured(config), temporary)
+        Run(config).run()
+    return 0
+
+
+class Run:
+    """One run over one corpus folder, under its lock."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self.config = config
+        self.out = Path(config.out)
+        self.corpus = Corpus(self.out)
+        self.workers = config.workers or cores()
+        self.reporter = Reporter(bars=config.progress)
+        self.hashes = Hashes()
+        self.shards = 0
+
+    def run(self) -> None:
+        stages = [s for s in STAGES if not self.config.stages or s in self.config.stages]
+        enter: dict[Source, Callable[[bool, bool], None]] = {
+            Source.urls: self.enter_by_urls,
+            Source.warc: self.enter_by_warc,
+            Source.dataset: self.enter_by_dataset,
+        }
+        enter[self.config.source]("urls" in stages, "fetch" in stages)
+        later: list[tuple[str, Callable[[], None]]] = [
+            ("extract", self.extract),
+            ("filter", self.filter),
+            ("dedup", self.dedup),
+            ("decontaminate", self.decontaminate),
+            ("tokenize", self.tokenize),
+        ]
+        for name, stage in later:
+            if name in stages:
+                stage()
+        self.close()
+
+    # ── entering ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def enter_by_urls(self, run_urls: bool, run_fetch: bool) -> None:
+        source = Path(self.config.urls)
+        if not source.exists():
+            raise InputError(f"urls={source}: there is no such file or folder; check the path")
+        self.shards = self._shard_count(lambda: urls.count_urls(source, self.config.url_list))
+        corpus, numbers = self.corpus, range(self.shards)
+        settings = {**plain(self.config.url_list), "shards": self.shards}
+        files = tuple(sorted(p for p in source.rglob("*") if p.is_file())) if source.is_dir() else (source,)
+        outputs = tuple(p for k in numbers for p in (corpus.table("urls", k), corpus.verdicts("urls", k)))
+        if run_urls:
+            step = Step("urls", "all", corpus.folder("urls"), settings, files, outputs)
+            arguments = (source, corpus.folder("urls"), self.shards, self.config.url_list)
+            self._run("urls", [step], lambda step: Task("urls", urls.write_url_shards, arguments))
+        if run_fetch:
+            self._require("fetch", [p for k in numbers for p in (corpus.table("urls", k),)], "urls")
+            self.fetch()
+
+    def fetch(self) -> None:
+        """No setting of the fetch makes it run again: what was fetched is the raw truth and stays."""
+        corpus, folder = self.corpus, self.corpus.folder("fetch")
+        shards = [FetchShard(corpus.table("urls", k), folder, k) for k in range(self.shards)]
+        steps = [
+            Step(
+                "fetch",
+                f"{k:05d}",
+                folder,
+                {},
+                (corpus.table("urls", k),),
+                (corpus.table("fetch", k), corpus.verdicts("fetch", k)),
+            )
+            for k in range(self.shards)
+        ]
+        due = [s for s, step in zip(shards, steps, strict=True) if why_not_done(step, self.hashes) is not None]
+        if due:
+            folder.mkdir(parents=True, exist_ok=True)
+            processes = min(self.config.fetch.processes, len(due))
+            groups = [due[i::processes] for i in range(processes)]
+            work = [Task("fetch", tasks.fetch_group, (g, self.config.fetch, self.out)) for g in groups]
+            total = sum(_rows(corpus.table("urls", s.number)) for s in due)
+            with self.reporter.stage("fetch", total) as counter:
+                run_tasks(work, processes, on_done=lambda task, result: None, on_rows=counter.advance)
+                if counter.done:
+                    self.reporter.say(f"fetch: {counter.done:,} URLs, {counter.rate:,.0f}/s")
+        by_name = {step.name: shard for shard, step in zip(shards, steps, strict=True)}
+        self._run(
+            "fetch",
+            steps,
+            lambda step: Task(f"fetch {step.name}", tasks.finish_fetch, (by_name[step.name], self.out)),
+            quiet=True,
+        )
+
+    def enter_by_warc(self, run_urls: bool, run_fetch: bool) -> None:
+        root = Path(self.config.path)
+        if not root.exists():
+            raise InputError(f"path={root}: there is no such WARC file or folder; check the path")
+        endings = (".warc", ".warc.gz", ".warc.zst", ".arc", ".arc.gz")
+        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.name.endswith(endings))
+        if not files:
+            raise InputError(f"path={root}: holds no {', '.join(endings)} file; give the folder that does")
+        files = [p.resolve() for p in files]
+        corpus, folder = self.corpus, self.corpus.folder("fetch")
+        parts = [(folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))]
+        if run_fetch:
+            # WARC files are large: their size stands for them here, each record's digest is checked when it is read.
+            steps = [
+                Step("fetch", f"file_{i:05d}", folder, {"file": str(p), "bytes": p.stat().st_size}, (), parts[i])
+                for i, p in enumerate(files)
+            ]
+            place = {step.name: i for i, step in enumerate(steps)}
+
+            def index(step: Step) -> Task:
+                i = place[step.name]
+                return Task(f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch))
+
+            self._run("index", steps, index)
+        self._require("extract", [p for part in parts for p in part], "fetch")
+        self.shards = self._shard_count(lambda: sum(_rows(v) for _, v in parts))
+        outputs = tuple(p for k in range(self.shards) for p in (corpus.table("fetch", k), corpus.verdicts("fetch", k)))
+        if run_fetch:
+            inputs = tuple(p for part in parts for p in part)
+            step = Step("fetch", "all", folder, {"shards": self.shards}, inputs, outputs)
+            arguments = (self.out, parts, self.shards)
+            self._run("fetch", [step], lambda step: Task("fetch", tasks.split_warc_index, arguments), quiet=True)
+
+    def enter_by_dataset(self, run_urls: bool, run_fetch: bool) -> None:
+        files = texts.dataset_files(self.config.path)
+        folder = self.corpus.folder("extract")
+        settings = {"path": self.config.path, "text_column": self.config.text_column, "shards": self.config.shards}
+        step = Step("extract", "all", folder, settings, tuple(files), ())
+        if not self.config.stages or "extract" in self.config.stages:
+            why = why_not_done(step, self.hashes)
+            if why is None:
+                self.reporter.say("extract: the dataset was read before and stands")
+            else:
+                self.reporter.say(f"extract: reading {self.config.path}{f' again: {why}' if why else ''}")
+                made, written = texts.write_document_shards(
+                    self.config.path, self.config.text_column, self.corpus, self.config.shards
+                )
+                prune(folder, written)
+                mark_done(step, {"shards": made}, self.hashes, written)
+        marker = read_marker(step)
+        if marker is None:
+            raise InputError(f"stages={self.config.stages}: the dataset was not read yet; add extract")
+        self.shards = int(marker["counts"]["shards"])
+        self._require("filter", list(recorded_outputs(step, marker)), "extract")
+
+    # ── documents ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def extract(self) -> None:
+        if self.config.source is Source.dataset:
+            return  # its rows entered as documents
+        self._require("extract", [self.corpus.table("fetch", k) for k in range(self.shards)], "fetch")
+        self._by_shard(
+            "extract",
+            plain(self.config.extract),
+            inputs=lambda k: (self.corpus.table("fetch", k),),
+            outputs=lambda k: (self.corpus.table("extract", k), self.corpus.verdicts("extract", k)),
+            task=lambda k: (tasks.extract_pages, (self.out, k, self.config.extract)),
+            rows=lambda k: _rows(self.corpus.table("fetch", k)),
+        )
+
+    def filter(self) -> None:
+        self._require("filter", [self.corpus.table("extract", k) for k in range(self.shards)], "extract")
+        self._by_shard(
+            "filter",
+            {**plain(self.config.language, "language."), **plain(self.config.quality, "quality.")},
+            inputs=lambda k: (self.corpus.table("extract", k),),
+            outputs=lambda k: (self.corpus.verdicts("filter", k), self.corpus.changes(k)),
+            task=lambda k: (tasks.filter_documents, (self.out, k, self.config.language, self.config.quality)),
+            rows=lambda k: _rows(self.corpus.table("extract", k)),
+        )
+
+    def dedup(self) -> None:
+        corpus, c = self.corpus, self.config.dedup
+        self._require("dedup", [corpus.verdicts("filter", k) for k in range(self.shards)], "filter")
+        self._by_shard(
+            "dedup",
+            {name: value for name, value in plain(c).items() if name != "keep"},
+            inputs=lambda k: (corpus.table("extract", k), corpus.verdicts("filter", k), corpus.changes(k)),
+            outputs=lambda k: (corpus.signatures(k),),
+            task=lambda k: (tasks.sign_documents, (self.out, k, c)),
+            rows=lambda k: _rows(corpus.verdicts("filter", k)),
+            part="signatures",
+        )
+        signatures = tuple(corpus.signatures(k) for k in range(self.shards))
+        join = Step("dedup", "duplicates", corpus.folder("dedup"), plain(c), signatures, (corpus.duplicates,))
+        arguments = (self.out, self.shards, c)
+        self._run("dedup join", [join], lambda step: Task("dedup", tasks.join_duplicates, arguments), quiet=True)
+        self._by_shard(
+            "dedup",
+            {},
+            inputs=lambda k: (corpus.signatures(k), corpus.duplicates),
+            outputs=lambda k: (corpus.verdicts("dedup", k),),
+            task=lambda k: (tasks.drop_duplicates, (self.out, k)),
+            rows=lambda k: _rows(corpus.signatures(k)),
+        )
+
+    def decontaminate(self) -> None:
+        corpus, c = self.corpus, self.config.decontaminate
+        self._require("decontaminate", [corpus.verdicts("dedup", k) for k in range(self.shards)], "dedup")
+        missing = [p for p in c.paths if not Path(p).is_file()]
+        if missing:
+            raise InputError(f"decontaminate.paths={missing[0]}: there is no such file; check the path")
+        settings = {name: value for name, value in plain(c).items() if name != "paths"}
+        sets = tuple(Path(p) for p in c.paths)
+
+        def entering(k: int) -> tuple[Path, ...]:
+            before = (corpus.verdicts("filter", k), corpus.changes(k), corpus.verdicts("dedup", k))
+            return (corpus.table("extract", k), *before)
+
+        self._by_shard(
+            "decontaminate",
+            settings,
+            inputs=lambda k: (*entering(k), *sets),
+            outputs=lambda k: (corpus.verdicts("decontaminate", k), corpus.found_ngrams(k)),
+            task=lambda k: (tasks.decontaminate, (self.out, k, c)),
+            rows=lambda k: _rows(corpus.signatures(k)),
+        )
+        found = tuple(corpus.found_ngrams(k) for k in range(self.shards))
+        total = Step(
+            "decontaminate",
+            "contamination",
+            corpus.folder("decontaminate"),
+            settings,
+            (*found, *sets),
+            (corpus.contamination,),
+        )
+        arguments = (self.out, self.shards, c)
+        self._run(
+            "contamination", [total], lambda step: Task("contamination", tasks.report_contamination, arguments), quiet=True
+        )
+        self._by_shard(
+            "documents",
+            {},
+            inputs=lambda k: (*entering(k), corpus.verdicts("decontaminate", k)),
+            outputs=lambda k: (corpus.table("documents", k),),
+            task=lambda k: (tasks.write_documents, (self.out, k)),
+            rows=lambda k: _rows(corpus.verdicts("decontaminate", k)),
+        )
+
+    def tokenize(self) -> None:
+        corpus, c = self.corpus, self.config.tokenize
+        documents = [corpus.table("documents", k) for k in range(self.shards)]
+        self._require("tokenize", documents, "decontaminate")
+        vocabulary = tokenizer.load().sha256
+        self._by_shard(
+            "tokenize",
+            {"tokenizer": vocabulary},
+            inputs=lambda k: (corpus.table("documents", k),),
+            outputs=lambda k: corpus.part(k),
+            task=lambda k: (tasks.tokenize_documents, (self.out, k)),
+            rows=lambda k: _rows(corpus.table("documents", k)),
+        )
+        parts = [corpus.part(k) for k in range(self.shards)]
+        settings = {**plain(c), "tokenizer": vocabulary}
+        step = Step("tokens", "tokens", corpus.folder("tokenize"), settings, tuple(p for part in parts for p in part), ())
+        why = why_not_done(step, self.hashes)
+        if why is None:
+            self.reporter.say("tokens: written before, they stand")
+            return
+        self.reporter.say(f"tokens: shuffling and packing{f' again: {why}' if why else ''}")
+        made_from = {"settings": settings, "documents": [self.hashes.of(p) for p in documents]}
+        fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        with self.reporter.stage("tokens", sum(_rows(p) for _, p in parts)) as counter:
+            counts = write_token_shards(parts, corpus.tokens, c, fingerprint, counter.advance)
+        mark_done(step, counts, self.hashes, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
+
+    # ── closing ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def close(self) -> None:
+        """Ledger, summary, report and dataset card of what is there. The totals must add up."""
+        stages = []
+        for stage in LEDGER_STAGES[self.config.source]:
+            if not all(self.corpus.verdicts(stage, k).exists() for k in range(self.shards)):
+                break
+            stages.append(stage)
+        results: dict[str, Mapping[str, Any]] = {}
+        work = [Task(f"ledger {k:05d}", tasks.write_ledger, (self.out, k, stages)) for k in range(self.shards)]
+        run_tasks(work, self.workers, on_done=lambda task, result: results.__setitem__(task.label, result))
+        prune(self.corpus.folder("ledger"), [self.corpus.ledger(k) for k in range(self.shards)])
+        summary: dict[str, Any] = ledger.funnel([results[task.label] for task in work], stages)
+        finished = stages[-1] == "decontaminate" and all(
+            self.corpus.table("documents", k).exists() for k in range(self.shards)
+        )
+        summary |= {
+            "recipe": self.config.recipe,
+            "source": self.config.source.value,
+            "shards": self.shards,
+            "versions": {name: version(name) for name in ("gpt2train", "trafilatura", "py3langid", "tiktoken")},
+        }
+        if finished:
+            summary["documents"] = sum(_rows(self.corpus.table("documents", k)) for k in range(self.shards))
+        if self.corpus.contamination.exists():
+            summary["contamination"] = json.loads(self.corpus.contamination.read_text(encoding="utf-8"))
+        manifest = self.corpus.tokens / "manifest.json"
+        if manifest.exists():
+            summary["tokens"] = json.loads(manifest.read_text(encoding="utf-8"))
+        write_json(summary, self.corpus.summary)
+        report.write_corpus_report(self.corpus)
+        if finished:
+            card.write_dataset_card(self.corpus, summary)
+        for line in report.funnel_lines(summary):
+            self.reporter.say(line)
+        self.reporter.say(f"corpus: {self.out}  report: {self.corpus.report}")
+
+    # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _shard_count(self, count_rows: Callable[[], int]) -> int:
+        """The number of shards is part of the order of documents, so it stays for the life of a corpus folder."""
+        path = self.out / "shards.json"
+        if path.exists():
+            fixed = int(json.loads(path.read_text(encoding="utf-8"))["shards"])
+            if self.config.shards not in (0, fixed):
+                raise InputError(
+                    f"shards={self.config.shards}: this corpus was begun with {fixed}; give that or a new out="
+                )
+            return fixed
+        shards = self.config.shards or max(LEAST_SHARDS, -(-count_rows() // ROWS_PER_SHARD))
+        write_json({"shards": shards}, path)
+        return shards
+
+    def _require(self, stage: str, files: Sequence[Path], before: str) -> None:
+        missing = [p for p in files if not p.exists()]
+        if missing:
+            raise InputError(
+                f"stages={self.config.stages}: {stage} needs {missing[0].relative_to(self.out)}, which {before} makes; "
+                f"add {before}"
+            )
+
+    def _by_shard(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        *,
+        inputs: Callable[[int], tuple[Path, ...]],
+        outputs: Callable[[int], tuple[Path, ...]],
+        task: Callable[[int], tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]],
+        rows: Callable[[int], int],
+        part: str = "",
+    ) -> None:
+        name = f"{stage} {part}".strip()
+        folder = self.corpus.folder(stage)
+        steps = [
+            Step(stage, f"{k:05d}{f'.{part}' if part else ''}", folder, settings, inputs(k), outputs(k))
+            for k in range(self.shards)
+        ]
+        number = {step.name: k for k, step in enumerate(steps)}
+
+        def make(step: Step) -> Task:
+            function, arguments = task(number[step.name])
+            return Task(f"{name} {step.name}", function, arguments)
+
+        self._run(name, steps, make, rows=lambda step: rows(number[step.name]))
+
+    def _run(
+        self,
+        name: str,
+        steps: Sequence[Step],
+        make: Callable[[Step], Task],
+        *,
+        rows: Callable[[Step], int] = lambda step: 0,
+        quiet: bool = False,
+    ) -> None:
+        """Do the steps that do not stand, and say which are done again and why."""
+        reasons = {step.name: why_not_done(step, self.hashes) for step in steps}
+        due = [step for step in steps if reasons[step.name] is not None]
+        again: dict[str, list[str]] = {}
+        for step in due:
+            if reasons[step.name]:
+                again.setdefault(str(reasons[step.name]), []).append(step.name)
+        for why, names in again.items():
+            shards = f"{len(names)} of {len(steps)} shards" if len(steps) > 1 else "done"
+            self.reporter.say(f"{name}: {shards} again: {why}")
+        if not due:
+            if not quiet:
+                self.reporter.say(f"{name}: finished before, nothing to do")
+            return
+        work = {step.name: make(step) for step in due}
+        by_label = {work[step.name].label: step for step in due}
+        for step in due:
+            step.folder.mkdir(parents=True, exist_ok=True)
+        with self.reporter.stage(name, sum(rows(step) for step in due)) as counter:
+
+            def on_done(task: Task, counts: dict[str, Any]) -> None:
+                mark_done(by_label[task.label], counts, self.hashes)
+
+            run_tasks(list(work.values()), self.workers, on_done=on_done, on_rows=counter.advance)
+            if counter.done and not quiet:
+                self.reporter.say(f"{name}: {counter.done:,} rows, {counter.rate:,.0f}/s")
+
+
+def plain(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config dataclass as JSON values."""
+    assert is_dataclass(config) and not isinstance(config, type)
+    values = asdict(config)
+    return {f"{prefix}{k}": v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+
+def _rows(path: Path) -> int:
+    """Rows of a Parquet file, from its footer alone."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, ValueError):  # damaged or absent: the step that makes it will say so
+        return 0

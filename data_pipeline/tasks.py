@@ -1,0 +1,265 @@
+"""One shard of one stage: files in, files out. These run in worker processes, each on its own files only.
+
+Every function writes its tables atomically and returns counts; `pipeline` decides which are due and marks them done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_pipeline import contamination, dedup, extract, fetch, language, ledger, pack, quality, warc
+from data_pipeline.config import (
+    DecontaminateConfig,
+    DedupConfig,
+    ExtractConfig,
+    FetchConfig,
+    LanguageConfig,
+    QualityConfig,
+)
+from data_pipeline.executors import tick
+from data_pipeline.layout import Corpus
+from data_pipeline.records import (
+    DOCUMENT_SCHEMA,
+    DROPPED,
+    KEPT,
+    PAGE_SCHEMA,
+    VERDICT_SCHEMA,
+    Verdict,
+    numbers_to_json,
+    verdict_table,
+)
+from data_pipeline.store import write_json, write_table
+
+CHANGES_SCHEMA = pa.schema([("index", pa.int64()), ("language", pa.string()), ("text", pa.large_string())])
+
+
+def count_states(verdicts: pa.Table) -> dict[str, Any]:
+    """{"rows": n, "kept": n, "dropped": n, "failed": n}."""
+    states = [s.as_py() for s in verdicts["state"]]
+    return {"rows": len(states), **{s: states.count(s) for s in ("kept", "dropped", "failed")}}
+
+
+def _kept(table: pa.Table, verdicts: Path) -> pa.Table:
+    """The rows of `table` (sorted by index) whose verdict is `kept`."""
+    states = pq.read_table(verdicts, columns=["index", "state"])
+    indexes = states.filter(pc.equal(states["state"], KEPT))["index"]
+    return table.filter(pc.is_in(table["index"], value_set=indexes.combine_chunks()))
+
+
+def read_documents(corpus: Corpus, k: int, before: str) -> pa.Table:
+    """Shard `k`'s documents (DOCUMENT_SCHEMA) as they enter the stage `before`: what earlier stages kept and changed."""
+    documents = pq.read_table(corpus.table("extract", k))
+    stages = ("filter", "dedup", "decontaminate", "documents")
+    for stage in stages[: stages.index(before)]:
+        documents = _kept(documents, corpus.verdicts(stage, k))
+        if stage == "filter":
+            documents = _with_changes(documents, pq.read_table(corpus.changes(k)))
+    return documents
+
+
+def _with_changes(documents: pa.Table, changes: pa.Table) -> pa.Table:
+    rows = {r["index"]: r for r in changes.to_pylist()}
+    out = []
+    for document in documents.to_pylist():
+        change = rows.get(document["index"])
+        if change:
+            document["language"] = change["language"]
+            if change["text"] is not None:
+                document["text"] = change["text"]
+                document["digest"] = extract.text_digest(change["text"])
+        out.append(document)
+    return pa.Table.from_pylist(out, schema=DOCUMENT_SCHEMA)
+
+
+def index_warc_file(path: Path, number: int, out: Path, verdicts_out: Path, config: FetchConfig) -> dict[str, Any]:
+    """Pages and verdicts of one WARC file; a record's index is the file's number and its place in it."""
+    pages: list[dict[str, Any]] = []
+    verdicts: list[Verdict] = []
+    for place, record in enumerate(warc.index_warc(path)):
+        index = number << 32 | place
+        verdicts.append(Verdict(index, record.url, record.state, record.reason, record.detail))
+        if record.state == KEPT:
+            pages.append(
+                {
+                    "index": index,
+                    "url": record.url,
+                    "final_url": record.url,
+                    "domain": record.domain,
+                    "status": record.status,
+                    "content_type": record.content_type,
+                    "fetched_at": record.fetched_at,
+                    "warc_file": str(path),
+                    "warc_offset": record.offset,
+                    "payload_digest": record.payload_digest,
+                }
+            )
+        tick(1)
+    write_table(pa.Table.from_pylist(pages, schema=PAGE_SCHEMA), out)
+    write_table(verdict_table(verdicts), verdicts_out)
+    return {"rows": len(verdicts)}
+
+
+def fetch_group(shards: Sequence[fetch.FetchShard], config: FetchConfig, out: Path) -> dict[str, Any]:
+    """Fetch until each URL of these shards has a state in its journal."""
+    done = 0
+
+    def on_progress(now: int, _total: int) -> None:
+        nonlocal done
+        tick(now - done)
+        done = now
+
+    fetch.fetch_shards(shards, config, out, on_progress)
+    return {}
+
+
+def finish_fetch(shard: fetch.FetchShard, out: Path) -> dict[str, Any]:
+    """Journal → pages and verdicts, in the order of the URL list."""
+    corpus = Corpus(out)
+    pages, verdicts = fetch.finish_shard(shard, out)
+    write_table(pages, corpus.table("fetch", shard.number))
+    write_table(verdicts, corpus.verdicts("fetch", shard.number))
+    return count_states(verdicts)
+
+
+def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
+    corpus = Corpus(out)
+
+    def read_body(warc_file: str, offset: int) -> tuple[bytes, str]:
+        response = warc.read_response(out / warc_file, offset)  # an absolute warc_file stays absolute
+        tick(1)
+        return response.body, response.content_type
+
+    documents, verdicts = extract.extract_shard(pq.read_table(corpus.table("fetch", k)), config, read_body)
+    write_table(documents, corpus.table("extract", k))
+    write_table(verdicts, corpus.verdicts("extract", k))
+    return count_states(verdicts)
+
+
+def filter_documents(out: Path, k: int, languages: LanguageConfig, rules: QualityConfig) -> dict[str, Any]:
+    """Language first, then quality on what is left; the numbers of both stay with the row."""
+    corpus = Corpus(out)
+    documents = pq.read_table(corpus.table("extract", k))
+    by_language, codes = language.filter_language(documents, languages)
+    languages_found = dict(zip(documents["index"].to_pylist(), codes.to_pylist(), strict=True))
+    left = documents.filter(pc.equal(by_language["state"], KEPT))
+    by_quality, changed = quality.filter_quality(left, rules)
+    rules_said = {row["index"]: row for row in by_quality.to_pylist()}
+    rows, changes = [], []
+    for row in by_language.to_pylist():
+        index = row["index"]
+        if index in rules_said:
+            said = rules_said[index]
+            said["numbers"] = numbers_to_json({**json.loads(row["numbers"]), **json.loads(said["numbers"])})
+            row = said
+        rows.append(row)
+        changes.append({"index": index, "language": languages_found[index], "text": changed.get(index)})
+    verdicts = pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA)
+    write_table(verdicts, corpus.verdicts("filter", k))
+    write_table(pa.Table.from_pylist(changes, schema=CHANGES_SCHEMA), corpus.changes(k))
+    tick(len(rows))
+    return count_states(verdicts)
+
+
+def sign_documents(out: Path, k: int, config: DedupConfig) -> dict[str, Any]:
+    corpus = Corpus(out)
+    signatures = dedup.sign_shard(read_documents(corpus, k, "dedup"), config)
+    write_table(signatures, corpus.signatures(k))
+    tick(signatures.num_rows)
+    return {"rows": signatures.num_rows}
+
+
+def join_duplicates(out: Path, shards: int, config: DedupConfig) -> dict[str, Any]:
+    """The one step of the pipeline that sees all documents at once: their signatures, not their texts."""
+    corpus = Corpus(out)
+    duplicates = dedup.find_duplicates([corpus.signatures(k) for k in range(shards)], config)
+    write_table(duplicates, corpus.duplicates)
+    return {"duplicates": duplicates.num_rows}
+
+
+def drop_duplicates(out: Path, k: int) -> dict[str, Any]:
+    corpus = Corpus(out)
+    verdicts = dedup.dedup_verdicts(pq.read_table(corpus.signatures(k)), pq.read_table(corpus.duplicates))
+    write_table(verdicts, corpus.verdicts("dedup", k))
+    tick(verdicts.num_rows)
+    return count_states(verdicts)
+
+
+def decontaminate(out: Path, k: int, config: DecontaminateConfig) -> dict[str, Any]:
+    corpus = Corpus(out)
+    documents = read_documents(corpus, k, "decontaminate")
+    sets = [contamination.read_evaluation_set(Path(p)) for p in config.paths]
+    verdicts, found = contamination.scan_shard(documents, contamination.build_index(sets, config), config)
+    write_table(verdicts, corpus.verdicts("decontaminate", k))
+    write_table(pa.table({"ngram": pa.array(found, type=pa.uint64())}), corpus.found_ngrams(k))
+    tick(documents.num_rows)
+    return count_states(verdicts)
+
+
+def report_contamination(out: Path, shards: int, config: DecontaminateConfig) -> dict[str, Any]:
+    """The paper's table: of each evaluation set, the share of its n-grams that the corpus holds."""
+    corpus = Corpus(out)
+    sets = [contamination.read_evaluation_set(Path(p)) for p in config.paths]
+    found = [pq.read_table(corpus.found_ngrams(k))["ngram"].to_numpy() for k in range(shards)]
+    rows = contamination.overlap_report(contamination.build_index(sets, config), found)
+    write_json(rows, corpus.contamination)
+    return {"sets": len(rows)}
+
+
+def write_documents(out: Path, k: int) -> dict[str, Any]:
+    """The corpus itself: what all stages kept, with what they measured."""
+    corpus = Corpus(out)
+    documents = read_documents(corpus, k, "documents")
+    measured = {
+        row["index"]: row["numbers"]
+        for row in pq.read_table(corpus.verdicts("filter", k), columns=["index", "numbers"]).to_pylist()
+    }
+    numbers = [
+        numbers_to_json({**json.loads(before or "{}"), **json.loads(measured[index])})
+        for index, before in zip(documents["index"].to_pylist(), documents["numbers"].to_pylist(), strict=True)
+    ]
+    column = documents.schema.get_field_index("numbers")
+    documents = documents.set_column(column, "numbers", pa.array(numbers, type=pa.string()))
+    write_table(documents, corpus.table("documents", k))
+    tick(documents.num_rows)
+    return {"documents": documents.num_rows, "characters": pc.sum(pc.utf8_length(documents["text"])).as_py() or 0}
+
+
+def tokenize_documents(out: Path, k: int) -> dict[str, Any]:
+    corpus = Corpus(out)
+    counts = pack.tokenize_shard(corpus.table("documents", k), *corpus.part(k))
+    tick(int(counts["documents"]))
+    return counts
+
+
+def write_ledger(out: Path, k: int, stages: Sequence[str]) -> dict[str, Any]:
+    return ledger.write_ledger_shard(Corpus(out), k, stages)
+
+
+def split_warc_index(out: Path, parts: Sequence[tuple[Path, Path]], shards: int) -> dict[str, Any]:
+    """Pages and verdicts of all WARC files → `shards` contiguous ranges; of one URL's responses the first stays."""
+    corpus = Corpus(out)
+    pages = pa.concat_tables([pq.read_table(p) for p, _ in parts])
+    verdicts = pa.concat_tables([pq.read_table(v) for _, v in parts])
+    first: dict[str, int] = {}
+    repeated = {
+        index
+        for index, url in zip(pages["index"].to_pylist(), pages["url"].to_pylist(), strict=True)
+        if first.setdefault(url, index) != index
+    }
+    per_shard = -(-max(verdicts.num_rows, 1) // shards)
+    for k in range(shards):
+        rows = verdicts.slice(k * per_shard, per_shard).to_pylist()
+        for row in rows:
+            if row["index"] in repeated:
+                row |= {"state": DROPPED, "reason": "duplicate_url"}
+        indexes = pa.array([row["index"] for row in rows if row["state"] == KEPT], type=pa.int64())
+        write_table(pages.filter(pc.is_in(pages["index"], value_set=indexes)), corpus.table("fetch", k))
+        write_table(pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA), corpus.verdicts("fetch", k))
+    return {"rows": verdicts.num_rows}

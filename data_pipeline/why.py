@@ -1,0 +1,72 @@
+"""`gpt2train why URL`: what became of a URL, from the ledger, the documents and the token shards."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_pipeline import urls
+from data_pipeline.config import UrlListConfig
+from data_pipeline.layout import Corpus
+from data_pipeline.records import KEPT, ConfigError, InputError
+
+
+@dataclass
+class WhyConfig:
+    """`gpt2train why URL corpus=corpus/`: what became of a URL."""
+
+    url: str = ""
+    """The URL, as it stood in the list or normalized."""
+    corpus: str = "corpus"
+    """Folder of the corpus."""
+
+
+def find(corpus: Corpus, url: str) -> list[dict[str, Any]]:
+    """The ledger's rows of `url`, as given and as normalized."""
+    spellings = {url}
+    try:
+        spellings.add(urls.normalize(url, UrlListConfig()))
+    except urls.InvalidUrl:
+        pass  # such a URL stands in the ledger as it was given
+    rows: list[dict[str, Any]] = []
+    for file in sorted(corpus.folder("ledger").glob("[0-9]*.parquet")):
+        table = pq.read_table(file)
+        for spelling in spellings:
+            rows += table.filter(pc.equal(table["url"], spelling)).to_pylist()
+    return rows
+
+
+def why(config: WhyConfig) -> int:
+    """Print each row of the URL; return 0 when it is known, 1 when it is not."""
+    if not config.url:
+        raise ConfigError(["url='': must name a URL; give `gpt2train why URL corpus=corpus/`"])
+    corpus = Corpus(Path(config.corpus))
+    if not corpus.folder("ledger").is_dir():
+        raise InputError(f"corpus={config.corpus}: holds no ledger; run `gpt2train corpus` first")
+    rows = find(corpus, config.url)
+    if not rows:
+        print(f"{config.url}: never seen in {config.corpus}")
+        return 1
+    for row in rows:
+        end = "" if row["state"] == KEPT else f" at {row['stage']}: {row['reason']}"
+        detail = f" ({row['detail']})" if row["detail"] else ""
+        print(f"{row['url']}\n  {row['state']}{end}{detail}")
+        for name, value in json.loads(row["numbers"] or "{}").items():
+            print(f"  {name} = {value}")
+        if row["state"] == KEPT:
+            _print_tokens(corpus, row["index"])
+    return 0
+
+
+def _print_tokens(corpus: Corpus, index: int) -> None:
+    path = corpus.tokens / "documents.parquet"
+    if not path.exists():
+        return
+    table = pq.read_table(path, filters=[("index", "=", index)])
+    for row in table.to_pylist():
+        print(f"  tokens: {row['tokens']:,} from position {row['position']:,} of the {row['split']} split")
