@@ -106,8 +106,9 @@ class FetchConfig:
 
 @dataclass
 class ExtractConfig:
-    timeout_s: float = 10.0
-    """Most time for one page, in seconds; then its process is killed and replaced and the page fails."""
+    timeout_s: float = 5.0
+    """Most processor time for one page, in seconds, so that a busy machine drops no other pages than an idle one; on
+    the clock a page gets twice as long. Then its process is killed and replaced, and the page fails."""
     max_html_bytes: int = 2_000_000
     """Pages with more HTML than this are not extracted (reason `html_too_large`)."""
     max_memory_mb: int = 2_000
@@ -116,8 +117,12 @@ class ExtractConfig:
     """Pages whose text is shorter drop as `no_text`."""
     fast: bool = True
     """trafilatura without its fallback extractors first; pages under 500 characters get the full way."""
+    tables: bool = True
+    """Text in tables, too."""
     metadata: bool = True
     """Title, author and date (about 30 % more time)."""
+    respect_noai: bool = True
+    """Drop pages whose <meta name=robots> says noindex, none or noai (reason `noindex`)."""
 
 
 @dataclass

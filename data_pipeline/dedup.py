@@ -1,0 +1,239 @@
+"""Documents → which of them are duplicates, and which copy stays.
+
+In, shard by shard: documents. Out: signatures (`sign_shard`), from all of them together the rows that go
+(`find_duplicates`), and each shard's verdicts (`dedup_verdicts`). Nothing depends on the order of documents or shards.
+
+Exact duplicates have the same words, whatever their case, spacing and punctuation. Near-duplicates are found by
+MinHash (Broder, 1997) over sets of word n-grams, with locality-sensitive hashing (Leskovec, Rajaraman and Ullman,
+"Mining of Massive Datasets", 3.4): the permutations' minima are cut into bands, and two documents that agree in a whole
+band are linked. What is linked, directly or through others, is one cluster; its best document stays.
+
+Cost: about 3,000 documents/s to sign; 14 bands of a million signatures are joined in some seconds and 0.5 GB.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data_pipeline.config import DedupConfig, Keep
+from data_pipeline.ngrams import HASH_VERSION, hash_ngrams, random_uint64, splitmix
+from data_pipeline.records import DROPPED, CorruptionError, Verdict, verdict_table
+
+# Part of every signature; a change of normalization or signature must raise it, or old and new ones would be joined.
+DEDUP_VERSION = 1
+
+SIGNATURE_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("url", pa.string()),
+        ("exact", pa.binary(16)),  # BLAKE2b-128 of the normalized text
+        ("characters", pa.int64()),
+        ("date", pa.string()),
+        ("bands", pa.list_(pa.uint64())),  # one hash a band; none for fewer words than a shingle
+    ]
+)
+
+DUPLICATE_SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),  # of a document that goes
+        ("twin", pa.int64()),  # index of the one that stays in its place
+        ("twin_url", pa.string()),
+        ("kind", pa.string()),  # exact: the same normalized text as the twin; near: another text of its cluster
+        ("cluster_size", pa.int64()),
+    ]
+)
+
+_WORD = re.compile(r"\w+")
+
+
+def normalize_for_exact(text: str) -> str:
+    """The words of `text` parted by single spaces: NFKC, case folded, without punctuation.
+
+    A text without any word (only signs or emoji) keeps its signs, so that such texts are not all alike.
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_WORD.findall(folded) or folded.split())
+
+
+def _metadata(config: DedupConfig) -> dict[bytes, bytes]:
+    """What signatures must have in common to be joined."""
+    version = f"{DEDUP_VERSION}.{HASH_VERSION}"
+    shape = f"{config.ngram}-grams {config.bands}x{config.rows}" if config.near else "exact only"
+    return {b"signature": f"version {version}, {shape}".encode()}
+
+
+def sign_shard(documents: pa.Table, config: DedupConfig) -> pa.Table:
+    """Signatures (SIGNATURE_SCHEMA with the kind of signature in its metadata) of `documents`, sorted by index."""
+    documents = documents.select(["index", "url", "text", "date"]).sort_by("index")
+    exact, characters, shingles = [], [], []
+    for text in documents["text"].to_pylist():
+        normalized = normalize_for_exact(text)
+        exact.append(hashlib.blake2b(normalized.encode(), digest_size=16).digest())
+        characters.append(len(text))
+        shingles.append(hash_ngrams(normalized, config.ngram) if config.near else np.empty(0, np.uint64))
+    schema = SIGNATURE_SCHEMA.with_metadata(_metadata(config))
+    return pa.Table.from_arrays(
+        [
+            documents["index"],
+            documents["url"],
+            pa.array(exact, pa.binary(16)),
+            pa.array(characters, pa.int64()),
+            documents["date"],
+            _bands(shingles, config.bands, config.rows),
+        ],
+        schema=schema,
+    )
+
+
+def _bands(shingles: Sequence[np.ndarray], bands: int, rows: int) -> pa.Array:
+    """list<uint64>[documents]: each document's band hashes, an empty list for a document without shingles."""
+    signed = np.array([len(s) > 0 for s in shingles], bool)
+    lengths = np.where(signed, bands, 0)
+    offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32())
+    if not signed.any():
+        return pa.ListArray.from_arrays(offsets, pa.array([], pa.uint64()))
+    minima = minhash([s for s in shingles if len(s)], bands * rows)
+    by_band = minima.reshape(-1, bands, rows)
+    # A band's hash covers its number, too: equal minima in different bands do not meet.
+    weights = random_uint64(rows, seed=2) | np.uint64(1)
+    hashes = splitmix((by_band * weights).sum(axis=2, dtype=np.uint64) + random_uint64(bands, seed=3))
+    return pa.ListArray.from_arrays(offsets, pa.array(hashes.ravel()))
+
+
+def minhash(shingles: Sequence[np.ndarray], permutations: int) -> np.ndarray:
+    """uint64[documents, permutations]: the least value of each document's shingles under each permutation.
+
+    Shingles are uniform 64-bit hashes, none of the arrays empty. A permutation is x → a·x + b modulo 2^64 with an odd
+    a, which is one to one.
+    """
+    factors = random_uint64(permutations, seed=0) | np.uint64(1)
+    summands = random_uint64(permutations, seed=1)
+    minima = np.empty((len(shingles), permutations), np.uint64)
+    start = 0
+    while start < len(shingles):
+        # Some documents at a time, so that a permutation's values stay in the processor's cache.
+        stop, size = start, 0
+        while stop < len(shingles) and (stop == start or size + len(shingles[stop]) <= _MINHASH_BLOCK):
+            size += len(shingles[stop])
+            stop += 1
+        block = np.concatenate(shingles[start:stop])
+        offsets = np.cumsum([0, *(len(s) for s in shingles[start : stop - 1])])
+        values = np.empty_like(block)
+        for p in range(permutations):
+            np.multiply(block, factors[p], out=values)
+            np.add(values, summands[p], out=values)
+            minima[start:stop, p] = np.minimum.reduceat(values, offsets)
+        start = stop
+    return minima
+
+
+_MINHASH_BLOCK = 1 << 16  # shingles: 0.5 MB of values
+
+
+def find_duplicates(signatures: Sequence[Path], config: DedupConfig) -> pa.Table:
+    """The documents that go (DUPLICATE_SCHEMA), sorted by index, from all shards' signature files (Parquet).
+
+    Raises:
+        CorruptionError: a file holds signatures of another version or with other settings.
+    """
+    tables = [_read_signatures(path, config) for path in signatures]
+    rows = pa.concat_tables(tables).sort_by("index") if tables else SIGNATURE_SCHEMA.empty_table()
+    if rows.num_rows == 0:
+        return DUPLICATE_SCHEMA.empty_table()
+    exact = np.frombuffer(b"".join(rows["exact"].to_pylist()), dtype=[("high", "<u8"), ("low", "<u8")])
+    _, exact_group = np.unique(exact, return_inverse=True)
+    links = [_links(exact_group, np.arange(len(exact)))] if config.exact else []
+    if config.near:
+        bands = rows["bands"].combine_chunks()
+        signed = np.flatnonzero(pc.list_value_length(bands).to_numpy(zero_copy_only=False))
+        hashes = bands.flatten().to_numpy().reshape(-1, config.bands)
+        links += [_links(hashes[:, band], signed) for band in range(config.bands)]
+    cluster = _connected_components(len(exact), links)
+    best = _best_of_each(cluster, rows, config.keep)  # row of the one that stays, for each row
+    goes = np.flatnonzero(best != np.arange(len(best)))
+    sizes = np.bincount(cluster)[cluster[goes]]
+    twins = rows.select(["index", "url"]).take(best[goes])
+    return pa.Table.from_arrays(
+        [
+            rows["index"].take(goes),
+            twins["index"],
+            twins["url"],
+            pa.array(np.where(exact_group[goes] == exact_group[best[goes]], "exact", "near"), pa.string()),
+            pa.array(sizes, pa.int64()),
+        ],
+        schema=DUPLICATE_SCHEMA,
+    )
+
+
+def _read_signatures(path: Path, config: DedupConfig) -> pa.Table:
+    table = pq.read_table(path)
+    found, wanted = (table.schema.metadata or {}).get(b"signature", b""), _metadata(config)[b"signature"]
+    if found != wanted:
+        raise CorruptionError(
+            f"{path}: signatures of kind '{found.decode()}', needed '{wanted.decode()}'; remove the file and run again"
+        )
+    return table
+
+
+def _links(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """int64[links, 2]: pairs of `rows` that chain all rows of equal key together; linear in the rows."""
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
+    return np.stack([rows[order[same]], rows[order[same + 1]]], axis=1)
+
+
+def _connected_components(count: int, links: Sequence[np.ndarray]) -> np.ndarray:
+    """int[count]: the number of each row's cluster."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = np.concatenate([*links, np.empty((0, 2), np.int64)])
+    graph = coo_array((np.ones(len(pairs), np.int8), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def _best_of_each(cluster: np.ndarray, rows: pa.Table, keep: Keep) -> np.ndarray:
+    """int64[rows]: for each row the row of its cluster that stays. `rows` are sorted by index, so ties go to the lowest.
+
+    longest: most characters. earliest: least date, documents without one last. first: lowest index.
+    """
+    if keep is Keep.longest:
+        rank = -rows["characters"].to_numpy()
+    elif keep is Keep.earliest:
+        dates = [date or "~" for date in rows["date"].to_pylist()]  # after every digit
+        rank = np.unique(np.array(dates), return_inverse=True)[1]
+    else:
+        rank = np.zeros(len(cluster), np.int64)
+    order = np.lexsort((np.arange(len(cluster)), rank, cluster))
+    first = np.append(True, np.diff(cluster[order]) != 0)
+    return order[np.flatnonzero(first)][cluster]
+
+
+def dedup_verdicts(documents: pa.Table, duplicates: pa.Table) -> pa.Table:
+    """One verdict for each row of `documents` (any table with `index` and `url`), sorted by index.
+
+    `duplicates` is the whole result of `find_duplicates`. A document that stays for others carries the size of its
+    cluster, too.
+    """
+    documents = documents.select(["index", "url"]).sort_by("index")
+    mine = duplicates.filter(pc.is_in(duplicates["index"], documents["index"].combine_chunks()))
+    going = {row["index"]: row for row in mine.to_pylist()}
+    stays = duplicates.filter(pc.is_in(duplicates["twin"], documents["index"].combine_chunks()))
+    sizes = dict(zip(stays["twin"].to_pylist(), stays["cluster_size"].to_pylist(), strict=True))
+    verdicts = []
+    for index, url in zip(documents["index"].to_pylist(), documents["url"].to_pylist(), strict=True):
+        if row := going.get(index):
+            reason, numbers = f"{row['kind']}_duplicate", {"cluster_size": row["cluster_size"]}
+            verdicts.append(Verdict(index, url, DROPPED, reason, row["twin_url"], numbers))
+        else:
+            verdicts.append(Verdict(index, url, numbers={"cluster_size": sizes.get(index, 1)}))
+    return verdict_table(verdicts)
