@@ -168,7 +168,9 @@ class Run:
             raise InputError(f"path={root}: holds no {', '.join(endings)} file; give the folder that does")
         files = [p.resolve() for p in files]
         corpus, folder = self.corpus, self.corpus.folder("fetch")
-        parts = [(folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))]
+        parts = [
+            (folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))
+        ]
         if run_fetch:
             # WARC files are large: their size stands for them here, each record's digest is checked when it is read.
             steps = [
@@ -179,7 +181,9 @@ class Run:
 
             def index(step: Step) -> Task:
                 i = place[step.name]
-                return Task(f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch))
+                return Task(
+                    f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch)
+                )
 
             self._run("index", steps, index)
         self._require("extract", [p for part in parts for p in part], "fetch")
@@ -296,7 +300,10 @@ class Run:
         )
         arguments = (self.out, self.shards, c)
         self._run(
-            "contamination", [total], lambda step: Task("contamination", tasks.report_contamination, arguments), quiet=True
+            "contamination",
+            [total],
+            lambda step: Task("contamination", tasks.report_contamination, arguments),
+            quiet=True,
         )
         self._by_shard(
             "documents",
@@ -322,7 +329,9 @@ class Run:
         )
         parts = [corpus.part(k) for k in range(self.shards)]
         settings = {**plain(c), "tokenizer": vocabulary}
-        step = Step("tokens", "tokens", corpus.folder("tokenize"), settings, tuple(p for part in parts for p in part), ())
+        step = Step(
+            "tokens", "tokens", corpus.folder("tokenize"), settings, tuple(p for part in parts for p in part), ()
+        )
         why = why_not_done(step, self.hashes)
         if why is None:
             self.reporter.say("tokens: written before, they stand")

@@ -82,7 +82,7 @@ def _file_rows(file: Path, text_column: str) -> Iterator[dict[str, Any]]:
             yield row
     else:
         parquet = pq.ParquetFile(file)
-        _require_column({name: None for name in parquet.schema_arrow.names}, text_column, file)
+        _require_column(dict.fromkeys(parquet.schema_arrow.names), text_column, file)
         for batch in parquet.iter_batches(batch_size=1_000):
             yield from batch.to_pylist()
 
@@ -151,7 +151,9 @@ def _document(index: int, row: Mapping[str, Any]) -> tuple[dict[str, Any] | None
         return None, Verdict(index, url, DROPPED, "no_text")
     encoded = text.encode("utf-8", errors="replace")  # a lone surrogate in JSON becomes "?"
     optional = {
-        k: str(row[k]) for k in ("title", "author", "date", "language", "domain", "fetched_at") if row.get(k) is not None
+        k: str(row[k])
+        for k in ("title", "author", "date", "language", "domain", "fetched_at")
+        if row.get(k) is not None
     }
     document = {
         **optional,

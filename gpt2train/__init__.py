@@ -4,6 +4,7 @@ The rooms, in the order a run meets them:
 
     config      every setting, its default and its sentence
     compose     Hydra groups and overrides → a checked dataclass; all faults at once
+    run_folder  what lies where in a run's folder
     data        token shards → the batch of a step, from seed and step alone
     model       GPT-2 in plain PyTorch
     optim       parameter groups, AdamW, the learning-rate schedule
@@ -18,8 +19,11 @@ The rooms, in the order a run meets them:
     trace       a step → the documents it saw
     scaling     runs of several sizes → a table and a picture of loss over size
     report      a run → one HTML file
-    cli         the commands
+    commands    the table of commands
+    help        --help and tab completion
+    joined      launch, sweep and report: commands that join packages
+    cli         the command line
 
-From data_pipeline only `token_shards` and `tokenizer` are imported (cli aside); deepspeed only in engine and
+From data_pipeline only `token_shards` and `tokenizer` are imported (joined, and the command table by name, aside); deepspeed only in engine and
 checkpoint.
 """

@@ -9,7 +9,7 @@ wrong with them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,12 @@ def compose(
     *,
     groups: Path | None = None,
     aliases: Mapping[str, str] | None = None,
+    check: Callable[[Any], list[str]] | None = None,
 ) -> Any:
     """An instance of `schema`. Raises ConfigError with one line for every override that cannot be taken.
 
-    `aliases` maps a short key to a full one (`data` → `data.path`).
+    `aliases` maps a short key to a full one (`data` → `data.path`); `check` finds the faults of a whole config, which
+    are reported together with those of the overrides.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -52,6 +54,7 @@ def compose(
     from omegaconf.errors import OmegaConfBaseException
 
     faults: list[str] = []
+    refused: set[str] = set()
     parser = OverridesParser.create()
     group_list = group_names(groups)
     chosen: dict[str, str] = {}
@@ -77,13 +80,12 @@ def compose(
         else:
             values.append((key, override.value()))
 
+    config: Any = OmegaConf.structured(schema)
     if groups is not None and (groups / "config.yaml").is_file():
         ConfigStore.instance().store(name="schema", node=schema)
         with initialize_config_dir(str(groups.resolve()), version_base="1.3"):
-            config = hydra_compose("config", overrides=[f"{k}={v}" for k, v in chosen.items()])
-        config = OmegaConf.merge(OmegaConf.structured(schema), config)
-    else:
-        config = OmegaConf.structured(schema)
+            chosen_config = hydra_compose("config", overrides=[f"{k}={v}" for k, v in chosen.items()])
+        config = OmegaConf.merge(config, chosen_config)
 
     known = leaves(schema)
     for key, value in values:
@@ -101,9 +103,13 @@ def compose(
             _ = OmegaConf.select(config, key)
         except OmegaConfBaseException as e:
             faults.append(f"{key}={value}: {_reason(e)}; it is {_current(schema, known[branch])}")
+            refused.add(key)
+    composed = OmegaConf.to_object(config)
+    if check is not None:  # a refused value left its default: what `check` says of that is no fault of the user's
+        faults += [f for f in check(composed) if f.split("=", 1)[0] not in refused]
     if faults:
         raise ConfigError(faults)
-    return OmegaConf.to_object(config)
+    return composed
 
 
 def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -119,6 +125,11 @@ def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
         else:
             found[f"{prefix}{f.name}"] = value
     return found
+
+
+def quoted(text: str) -> str:
+    """A string as Hydra's grammar wants it, whatever is in it."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if not text.isidentifier() else text
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

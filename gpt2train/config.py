@@ -98,7 +98,7 @@ class ModelConfig:
     vocabulary: int = VOCABULARY
     """Tokens that can be predicted and sampled."""
     pad_vocabulary_to: int = 128
-    """The embedding's rows are rounded up to a multiple of this for speed; the padding is never a target nor sampled."""
+    """The embedding's rows are rounded up to a multiple of this for speed; the padding is never target nor sample."""
     dropout: float = 0.0
     """Probability of zeroing, for embeddings, attention and residuals."""
 
@@ -148,7 +148,8 @@ class OptimizerConfig:
     """Peak learning rate."""
     min_lr_ratio: float = 0.1
     """Last learning rate over `lr`."""
-    warmup_steps: int = 700
+    warmup_steps: int = -1
+    """Steps of linear warm-up; -1: 700, and in a run of under 7,000 steps a tenth of them."""
     schedule: LRSchedule = LRSchedule.cosine
     beta1: float = 0.9
     beta2: float = 0.95
@@ -163,6 +164,9 @@ class OptimizerConfig:
 class ZeroConfig:
     stage: int = 1
     """ZeRO stage: 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights are split over GPUs."""
+    accumulate: Precision = Precision.fp32
+    """What the gradients of micro batches are added up in under precision=bf16; bf16 takes 2 bytes less a parameter and
+    loses digits with every micro batch."""
 
 
 @dataclass
@@ -223,6 +227,9 @@ class TrainConfig:
     """fp32, or bf16 with fp32 master weights."""
     compile: bool = False
     """torch.compile the model."""
+    deterministic: bool = True
+    """On GPUs, kernels that give the same bits each time, so that a resumed run repeats the undisturbed one exactly;
+    false: faster, and equal within rounding. CPUs always give the same bits."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -308,8 +315,24 @@ class TraceConfig:
     """Instead of a step: this URL, exactly as the corpus's documents.parquet has it."""
 
 
+@dataclass
+class SweepConfig:
+    """`gpt2train sweep`: several values of any training setting → one run each, a table and a picture."""
+
+    out: str = ""
+    """Folder of the sweep; each trial's run folder lies in it."""
+
+
+@dataclass
+class ReportConfig:
+    """`gpt2train report FOLDER`."""
+
+    path: str = ""
+    """Folder of a corpus or of a run."""
+
+
 def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
-    """All faults of `config` on `world_size` ranks, one line each: field=value: bound; remedy. Empty when it can run."""
+    """All faults of `config` on `world_size` ranks, a line each: field=value: bound; remedy. Empty when it can run."""
     faults: list[str] = []
 
     def require(holds: bool, name: str, value: object, bound: str, remedy: str) -> None:
@@ -353,7 +376,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
             )
     require(o.lr > 0, "optimizer.lr", o.lr, "must be above 0", "give 6e-4")
     require(0 <= o.min_lr_ratio <= 1, "optimizer.min_lr_ratio", o.min_lr_ratio, "must lie in [0, 1]", "give 0.1")
-    require(o.warmup_steps >= 0, "optimizer.warmup_steps", o.warmup_steps, "must be 0 or more", "leave it out")
+    require(o.warmup_steps >= -1, "optimizer.warmup_steps", o.warmup_steps, "must be -1 or more", "leave it out")
     for name in ("beta1", "beta2"):
         require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "must lie in [0, 1)", "leave it out")
     for name in ("eps", "weight_decay", "clip_grad_norm"):
@@ -376,7 +399,11 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
     require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
     require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
     require(
-        c.distributed.timeout_s >= 1, "distributed.timeout_s", c.distributed.timeout_s, "must be at least 1 s", "give 600"
+        c.distributed.timeout_s >= 1,
+        "distributed.timeout_s",
+        c.distributed.timeout_s,
+        "must be at least 1 s",
+        "give 600",
     )
     return faults
 

@@ -1,0 +1,114 @@
+"""`gpt2train COMMAND [key=value …]`: overrides → a checked dataclass → one function.
+
+Nothing heavy is imported before the settings are known to be right: `--help`, completion and the report of faults
+answer without torch. An exception that has an `exit_code` is a user's to read: one line a fault, no traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from gpt2train.commands import COMMANDS, Command, groups_of, load
+from gpt2train.compose import compose, leaves, quoted
+from gpt2train.config import ConfigError, check
+from gpt2train.help import COMPLETION, command_help, complete, overview
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(AttributeError, ValueError):
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"gpt2train {_version()}")
+        return 0
+    if arguments[0] == "--completion":
+        print(COMPLETION)
+        return 0
+    if arguments[0] == "--complete":
+        print("\n".join(complete(arguments[1:])))
+        return 0
+    name, *overrides = arguments
+    try:
+        if name not in COMMANDS:
+            raise ConfigError([f"{name}: there is no such command; choose among {', '.join(COMMANDS)}"])
+        if {"-h", "--help"} & set(overrides):
+            print(command_help(name))
+            return 0
+        return _run(name, overrides)
+    except KeyboardInterrupt:
+        print(f"gpt2train {name}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `gpt2train generate … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        code = getattr(error, "exit_code", None)
+        if code is None:
+            raise
+        for line in str(error).split("\n"):
+            print(f"gpt2train {name}: {line}", file=sys.stderr)
+        return int(code)
+
+
+def _run(name: str, overrides: list[str]) -> int:
+    command = COMMANDS[name]
+    # The deepspeed launcher adds --local_rank=N unless told not to; the environment says the same.
+    overrides = [o for o in overrides if not o.startswith("--local_rank")]
+    unknown = [o for o in overrides if o.startswith("-")]
+    if unknown:
+        raise ConfigError([f"{o}: there is no such option; settings are key=value, see --help" for o in unknown])
+    schema = load(command.schema)
+    overrides = _name_positional(command, schema, overrides)
+    if command.run.startswith("gpt2train.joined:"):
+        return int(load(command.run)(overrides))
+    config = compose(
+        schema, overrides, groups=groups_of(command), aliases=command.aliases, check=_bounds_of(command.schema)
+    )
+    return int(load(command.run)(config))
+
+
+def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
+    """What the settings' own module knows of their bounds, before the module that works is imported."""
+    if schema == "gpt2train.config:TrainConfig":
+        return lambda config: check(config, world_size=_world_size())
+    if schema == "data_pipeline.config:CorpusConfig":
+        return load("data_pipeline.config:check")  # type: ignore[no-any-return]
+    return None
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _name_positional(command: Command, schema: type, overrides: list[str]) -> list[str]:
+    """`report corpus/` means `report path=corpus/`. What starts with a known key and `=` is an override."""
+    if not command.positional:
+        return overrides
+    known = set(leaves(schema))
+    named = []
+    for text in overrides:
+        if text.split("=", 1)[0] in known and "=" in text:
+            named.append(text)
+        else:
+            named.append(f"{command.positional}={quoted(text)}")
+    return named
+
+
+def _version() -> str:
+    try:
+        return version("gpt2train")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""The table of commands: what each is for, which dataclass holds its settings, which function runs it.
+
+Rooms are named by text, so that reading the table imports none of them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpt2train.compose import CONFIG_FOLDER
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's schema and entry point by name, so that naming a command imports neither."""
+
+    summary: str
+    schema: str
+    run: str
+    groups: str = ""
+    positional: str = ""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+
+DATA = {"data": "data.path"}
+
+COMMANDS: dict[str, Command] = {
+    "corpus": Command(
+        "URL list, WARC files or text dataset → documents and token shards",
+        "data_pipeline.config:CorpusConfig",
+        "data_pipeline.pipeline:build_corpus",
+        groups="corpus",
+        examples=(
+            "gpt2train corpus urls=list.txt out=corpus/ fetch.contact=https://example.org/crawler",
+            "gpt2train corpus source=warc path=crawl/ out=corpus/",
+            "gpt2train corpus source=dataset path=texts/ out=corpus/ recipe=extract_only",
+        ),
+    ),
+    "train": Command(
+        "token shards → a model; run again, it resumes by itself",
+        "gpt2train.config:TrainConfig",
+        "gpt2train.train:train",
+        groups="train",
+        aliases=DATA,
+        examples=("gpt2train train model=small data=corpus/tokens run_dir=runs/small steps=10000",),
+    ),
+    "launch": Command(
+        "starts `train` on all GPUs of this machine, or on n CPU processes",
+        "gpt2train.config:TrainConfig",
+        "gpt2train.joined:launch_training",
+        groups="train",
+        aliases=DATA,
+        examples=("gpt2train launch processes=2 model=nano data=corpus/tokens run_dir=runs/nano steps=300",),
+    ),
+    "sweep": Command(
+        "trains a ladder of sizes, or any settings, and tabulates loss over size",
+        "gpt2train.config:TrainConfig",
+        "gpt2train.joined:sweep_training",
+        groups="train",
+        aliases=DATA,
+        examples=("gpt2train sweep model=ladder data=corpus/tokens out=runs/ladder steps=1000",),
+    ),
+    "evaluate": Command(
+        "validation loss of a run, and perplexity of texts",
+        "gpt2train.config:EvaluateCommandConfig",
+        "gpt2train.evaluate:evaluate",
+        examples=("gpt2train evaluate run=runs/small texts=[book.txt]",),
+    ),
+    "generate": Command(
+        "samples from a run, on standard output",
+        "gpt2train.config:GenerateConfig",
+        "gpt2train.generate:generate",
+        examples=('gpt2train generate run=runs/small prompt="In a shocking finding,"',),
+    ),
+    "export": Command(
+        "a run → a folder that transformers loads, with a model card",
+        "gpt2train.config:ExportConfig",
+        "gpt2train.export:export_run",
+        examples=("gpt2train export run=runs/small to=out/",),
+    ),
+    "import": Command(
+        "a folder in Hugging Face format → a run to train on from",
+        "gpt2train.config:ImportConfig",
+        "gpt2train.export:import_model",
+        examples=("gpt2train import path=gpt2/ to=runs/gpt2",),
+    ),
+    "why": Command(
+        "what became of a URL",
+        "data_pipeline.why:WhyConfig",
+        "data_pipeline.why:why",
+        positional="url",
+        examples=("gpt2train why https://example.org/page corpus=corpus/",),
+    ),
+    "trace": Command(
+        "the documents and URLs that a step saw",
+        "gpt2train.config:TraceConfig",
+        "gpt2train.trace:trace",
+        examples=("gpt2train trace run=runs/small step=1200",),
+    ),
+    "report": Command(
+        "one HTML file of a corpus or a run",
+        "gpt2train.config:ReportConfig",
+        "gpt2train.joined:write_report",
+        positional="path",
+        examples=("gpt2train report corpus/", "gpt2train report runs/small"),
+    ),
+}
+
+LADDER = ("nano", "micro", "mini", "tiny", "little")
+"""Models that `model=ladder` stands for in a sweep, smallest first."""
+
+
+def groups_of(command: Command) -> Path | None:
+    """The folder of a command's Hydra groups."""
+    return CONFIG_FOLDER / command.groups if command.groups else None
+
+
+def load(name: str) -> Any:
+    """The object that `module:attribute` names; this is where a room is imported."""
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,147 @@
+"""Commands that join packages: `launch` and `sweep` start training processes, `report` looks into a folder of either kind.
+
+launch/ knows nothing of training: it is handed command lines that were checked here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt2train.commands import DATA, LADDER
+from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted
+from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
+from launch import config as launch_config
+
+
+def launch_training(overrides: Sequence[str]) -> int:
+    """Settings of the launch go to `launch`; the rest is checked here once and handed to every rank as it is."""
+    from launch.run import launch
+
+    faults: list[str] = []
+    launch_overrides, train_overrides = _split(overrides, launch_config.LaunchConfig)
+    how = _composed(faults, launch_config.LaunchConfig, launch_overrides, check=launch_config.check)
+    config = _train_config(faults, train_overrides, _ranks(how))
+    if faults:
+        raise ConfigError(faults)
+    return int(launch(how, train_command(train_overrides), Path(config.run_dir)))
+
+
+def sweep_training(overrides: Sequence[str]) -> int:
+    """Every combination of comma-separated values is a trial with its own run folder under `out`."""
+    from launch.sweep import Trial, sweep
+
+    faults: list[str] = []
+    sweep_overrides, rest = _split(overrides, SweepConfig)
+    launch_overrides, rest = _split(rest, launch_config.LaunchConfig)
+    how = _composed(faults, launch_config.LaunchConfig, launch_overrides, check=launch_config.check)
+    where = _composed(faults, SweepConfig, sweep_overrides)
+    if not where.out:
+        faults.append("out='': must name the sweep's folder; give out=runs/NAME")
+    axes = _axes(faults, rest)
+    trials = []
+    for combination in itertools.product(*axes):
+        swept = [o for o, axis in zip(combination, axes, strict=True) if len(axis) > 1]
+        name = "_".join(o.removeprefix("model=") for o in swept).replace("/", "-") or "single"
+        run_dir = Path(where.out) / name
+        trial = [*combination, f"run_dir={quoted(str(run_dir))}"]
+        of_trial: list[str] = []
+        _train_config(of_trial, trial, _ranks(how))
+        faults += [fault if len(swept) == 0 else f"{name}: {fault}" for fault in of_trial]
+        trials.append(Trial(name, train_command(trial), run_dir))
+    if faults:
+        raise ConfigError(faults)
+    results = sweep(trials, how)
+    if how.dry_run:
+        return 0
+    from gpt2train.scaling import summarize
+
+    code = int(summarize([t.run_dir for t in trials], Path(where.out)))
+    return next((r.exit_code for r in results if r.exit_code), code)
+
+
+def train_command(overrides: Sequence[str]) -> list[str]:
+    """The command line of one rank."""
+    return [sys.executable, "-m", "gpt2train", "train", *overrides]
+
+
+def write_report(overrides: Sequence[str]) -> int:
+    """The report of a corpus or of a run, by what lies in the folder; prints where it is."""
+    config = compose(ReportConfig, overrides)
+    folder = Path(config.path)
+    if not config.path or not folder.is_dir():
+        raise ConfigError(
+            [f"path={config.path}: must be the folder of a corpus or a run; give gpt2train report FOLDER"]
+        )
+    if (folder / "summary.json").exists():
+        from data_pipeline.layout import Corpus
+        from data_pipeline.report import write_corpus_report
+
+        print(write_corpus_report(Corpus(folder)))
+    elif (folder / "metrics.jsonl").exists():
+        from gpt2train.report import report
+
+        print(report(folder))
+    else:
+        raise ConfigError([f"path={folder}: holds neither summary.json (a corpus) nor metrics.jsonl (a run)"])
+    return 0
+
+
+def _split(overrides: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
+    """Overrides of `schema`, and the others."""
+    own = set(leaves(schema))
+    return [o for o in overrides if o.split("=", 1)[0] in own], [o for o in overrides if o.split("=", 1)[0] not in own]
+
+
+def _composed(
+    faults: list[str], schema: type, overrides: Sequence[str], check: Callable[[Any], list[str]] | None = None
+) -> Any:
+    """The config, or the schema's defaults with what is wrong added to `faults`."""
+    try:
+        return compose(schema, overrides, check=check)
+    except ConfigError as e:
+        faults += e.faults
+        return schema()
+
+
+def _train_config(faults: list[str], overrides: Sequence[str], ranks: int) -> Any:
+    try:
+        return compose(
+            TrainConfig,
+            overrides,
+            groups=CONFIG_FOLDER / "train",
+            aliases=DATA,
+            check=lambda config: check(config, world_size=ranks),
+        )
+    except ConfigError as e:
+        faults += e.faults
+        return TrainConfig()
+
+
+def _ranks(how: launch_config.LaunchConfig) -> int:
+    from launch.local import process_count
+
+    return max(1, process_count(how))
+
+
+def _axes(faults: list[str], overrides: Sequence[str]) -> list[list[str]]:
+    """Of each override all its values, as Hydra's own grammar reads them; `model=ladder` stands for the ladder."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    axes = []
+    for text in overrides:
+        try:
+            override = parser.parse_override(f"model={','.join(LADDER)}" if text == "model=ladder" else text)
+        except HydraException:
+            faults.append(f"{text}: not of the form key=value[,value…] that Hydra reads")
+            continue
+        if override.is_sweep_override():
+            axes.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])
+        else:
+            axes.append([text])
+    return axes
