@@ -17,9 +17,15 @@ The rooms, in the order the data flows:
     tokenizer      GPT-2 byte-pair encoding, checked by hash, without a download
     pack           documents → shuffled token shards, train and validation
     token_shards   the on-disk format of tokens: written here, read by training
+    texts          text datasets → documents, for source=dataset
+    layout         where each file of a corpus lies
     store          atomic files, hashes, markers, the lock
     executors      shard tasks on this machine's cores
     ledger         one row a URL; totals that must add up
     report         summary → one HTML file
-    pipeline       the only room that wires stages
+    card           the dataset card
+    why            what became of a URL
+    progress       bars, rates, times to go
+    tasks          one shard of one stage: files in, files out
+    pipeline       the only room that knows the stages' order
 """

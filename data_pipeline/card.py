@@ -49,13 +49,15 @@ source `{summary["source"]}`. Of {u["in"]:,} rows that went in, {u["kept"]:,} we
 
 ## Fields
 
-`url`, `text`, `title`, `author`, `date`, `language`, `domain`, `fetched_at`, `warc_file` and `warc_offset` (where the
-response lies that the text was taken from), `digest` (SHA-256 of the text), `numbers` (JSON: what the filters measured).
+`url`, `text`, `title`, `author`, `date`, `language`, `domain`, `fetched_at`, `warc_file` and `warc_offset` (where
+the response lies that the text was taken from), `digest` (SHA-256 of the text), `numbers` (JSON: what the filters
+measured).
 
 ## Before you use or publish it
 
-The texts belong to those who wrote them, and may hold errors, prejudice and personal data. The filters remove what their
-rules name, no more. Robots.txt and robots metadata were obeyed unless `config.yaml` beside this file says otherwise.
+The texts belong to those who wrote them, and may hold errors, prejudice and personal data. The filters remove what
+their rules name, no more. Robots.txt and robots metadata were obeyed unless `config.yaml` beside this file says
+otherwise.
 """
     with write_atomic(corpus.out / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")

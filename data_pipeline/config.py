@@ -31,6 +31,14 @@ class Keep(Enum):
     first = "first"
 
 
+# Media, archives, binaries and documents that are no HTML; the endings seen most in link lists.
+BLOCKED_EXTENSIONS = tuple(
+    "jpg jpeg png gif webp svg ico bmp tif tiff mp3 mp4 m4a ogg oga ogv wav flac avi mov mkv webm flv wmv "
+    "pdf ps djvu doc docx xls xlsx ppt pptx odt ods epub mobi zip gz tgz bz2 xz 7z rar tar iso dmg exe msi deb rpm "
+    "apk jar bin css js json xml rss atom csv ttf woff woff2 swf torrent".split()
+)
+
+
 @dataclass
 class UrlListConfig:
     column: str = ""
@@ -49,14 +57,6 @@ class UrlListConfig:
     """Regular expressions; a URL in which one is found is left out."""
     strip_tracking: bool = True
     """Remove query parameters that only track where a click came from (utm_*, gclid, fbclid, ...)."""
-
-
-# Media, archives, binaries and documents that are no HTML; the endings seen most in link lists.
-BLOCKED_EXTENSIONS = tuple(
-    "jpg jpeg png gif webp svg ico bmp tif tiff mp3 mp4 m4a ogg oga ogv wav flac avi mov mkv webm flv wmv "
-    "pdf ps djvu doc docx xls xlsx ppt pptx odt ods epub mobi zip gz tgz bz2 xz 7z rar tar iso dmg exe msi deb rpm "
-    "apk jar bin css js json xml rss atom csv ttf woff woff2 swf torrent".split()
-)
 
 
 @dataclass

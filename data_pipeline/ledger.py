@@ -6,6 +6,7 @@ that does not hold, AccountingError stops the run; a total that does not add up 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -77,7 +78,7 @@ def funnel(shards: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> dict[s
             reasons.update(numbers["reasons"])
         row["reasons"] = dict(sorted(reasons.items(), key=lambda item: (-item[1], item[0])))
         total.append(row)
-    for before, after in zip(total, total[1:], strict=False):
+    for before, after in itertools.pairwise(total):
         if before[KEPT] != after["in"]:
             raise AccountingError(f"{before['stage']} kept {before[KEPT]}, {after['stage']} took in {after['in']}")
     for row in total:

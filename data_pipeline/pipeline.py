@@ -1,4 +1,4 @@
-"""URL list, WARC files or text dataset → documents, ledger and token shards. The only room that knows the order of stages.
+"""URL list, WARC files or text dataset → documents, ledger, token shards. The only room that knows the stages' order.
 
 Each stage is a list of steps (`store.Step`), mostly one a shard; a step that stands is not done again, one whose
 settings or input changed is, and the reason is said. So a run can be killed at any moment and the same command goes on:
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -469,7 +469,6 @@ class Run:
 
 def plain(config: Any, prefix: str = "") -> dict[str, Any]:
     """A config dataclass as JSON values."""
-    assert is_dataclass(config) and not isinstance(config, type)
     values = asdict(config)
     return {f"{prefix}{k}": v.value if isinstance(v, Enum) else v for k, v in values.items()}
 

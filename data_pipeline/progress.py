@@ -1,4 +1,4 @@
-"""What a person watches while the pipeline works: a bar with a rate and a time to go on a terminal, else a line now and then."""
+"""What a person watches: on a terminal a bar with a rate and a time to go, elsewhere a line now and then."""
 
 from __future__ import annotations
 

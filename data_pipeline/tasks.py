@@ -54,7 +54,7 @@ def _kept(table: pa.Table, verdicts: Path) -> pa.Table:
 
 
 def read_documents(corpus: Corpus, k: int, before: str) -> pa.Table:
-    """Shard `k`'s documents (DOCUMENT_SCHEMA) as they enter the stage `before`: what earlier stages kept and changed."""
+    """Shard `k`'s documents (DOCUMENT_SCHEMA) as they enter the stage `before`: as earlier stages left them."""
     documents = pq.read_table(corpus.table("extract", k))
     stages = ("filter", "dedup", "decontaminate", "documents")
     for stage in stages[: stages.index(before)]:

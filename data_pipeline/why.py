@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,8 @@ class WhyConfig:
 def find(corpus: Corpus, url: str) -> list[dict[str, Any]]:
     """The ledger's rows of `url`, as given and as normalized."""
     spellings = {url}
-    try:
+    with contextlib.suppress(urls.InvalidUrl):  # such a URL stands in the ledger as it was given
         spellings.add(urls.normalize(url, UrlListConfig()))
-    except urls.InvalidUrl:
-        pass  # such a URL stands in the ledger as it was given
     rows: list[dict[str, Any]] = []
     for file in sorted(corpus.folder("ledger").glob("[0-9]*.parquet")):
         table = pq.read_table(file)

@@ -1,4 +1,4 @@
-"""Commands that join packages: `launch` and `sweep` start training processes, `report` looks into a folder of either kind.
+"""Commands that join packages: `launch` and `sweep` start training processes, `report` looks into a folder.
 
 launch/ knows nothing of training: it is handed command lines that were checked here.
 """
