@@ -202,7 +202,7 @@ def _connected_components(count: int, links: Sequence[np.ndarray]) -> np.ndarray
 
 
 def _best_of_each(cluster: np.ndarray, rows: pa.Table, keep: Keep) -> np.ndarray:
-    """int64[rows]: for each row the row of its cluster that stays. `rows` are sorted by index, so ties go to the lowest.
+    """int64[rows]: for each row, the row of its cluster that stays; `rows` are sorted by index, ties go to the lowest.
 
     longest: most characters. earliest: least date, documents without one last. first: lowest index.
     """

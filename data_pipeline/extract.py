@@ -225,6 +225,11 @@ def _how_it_ended(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+def text_digest(text: str) -> str:
+    """A document's `digest`: sha256 hex of its text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def extract_shard(
     pages: pa.Table, config: ExtractConfig, read_body: Callable[[str, int], tuple[bytes, str]]
 ) -> tuple[pa.Table, pa.Table]:
@@ -260,7 +265,7 @@ def extract_shard(
                     "fetched_at": page["fetched_at"],
                     "warc_file": page["warc_file"],
                     "warc_offset": page["warc_offset"],
-                    "digest": hashlib.sha256(outcome.text.encode()).hexdigest(),
+                    "digest": text_digest(outcome.text),
                     "numbers": numbers_to_json(outcome.numbers),
                 }
             )
