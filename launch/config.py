@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+REQUEUE_EXIT_CODE = 85
+"""Exit code of a command that saved and stopped because it was told to (the same as gpt2train.config's)."""
+
 
 class LaunchError(Exception):
     """Ends the launch with `exit_code` and one clear line."""
@@ -30,8 +33,17 @@ class Launcher(Enum):
 class Starter(Enum):
     """The program that starts the ranks."""
 
+    plain = "plain"
     torchrun = "torchrun"
     deepspeed = "deepspeed"
+
+
+class Gpus(Enum):
+    """What a launch expects of this machine's GPUs."""
+
+    auto = "auto"
+    none = "none"
+    required = "required"
 
 
 @dataclass
@@ -40,12 +52,18 @@ class LaunchConfig:
     """local: all processes on this machine."""
     processes: int = 0
     """Processes on this machine; 0: one per GPU, or one where there is none."""
-    starter: Starter = Starter.torchrun
-    """torchrun, or the deepspeed launcher."""
+    gpus: Gpus = Gpus.auto
+    """auto: where there are GPUs, each process needs one. none: they do not matter (training on the CPU). required:
+    each process needs one."""
+    starter: Starter = Starter.plain
+    """plain: the launcher itself; torchrun or deepspeed: through that program. Logs, signals and exit codes are the
+    same with all three; the other two take some seconds longer to start."""
     port: int = 0
     """TCP port of the rendezvous on 127.0.0.1; 0: a free one."""
     log_dir: str = ""
     """Folder for each rank's output; empty: `logs/` in the run's folder."""
+    stop_timeout_s: float = 600.0
+    """Processes that were told to save and stop, and have not ended after this many seconds, are killed."""
     dry_run: bool = False
     """Print exactly what would run, and stop."""
 
@@ -57,4 +75,6 @@ def check(config: LaunchConfig) -> list[str]:
         faults.append(f"processes={config.processes}: must be 0 (one per GPU) or more; give processes=2")
     if not 0 <= config.port < 65536:
         faults.append(f"port={config.port}: must lie in 0..65535; give port=29500 or leave it out")
+    if not config.stop_timeout_s > 0:
+        faults.append(f"stop_timeout_s={config.stop_timeout_s}: must be above 0 s; leave it out")
     return faults
