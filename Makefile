@@ -1,1 +1,42 @@
 # Nothing but Python >= 3.10 and make is needed: every target sets up .venv by itself.
+#
+#   make demo    URLs → corpus → training, killed and resumed → text → export → report, on this machine
+#   make test    lint, types, all tests
+#   make fast    the tests that take seconds
+#   make check   lint and types alone
+#   make soak    the long reliability tests
+#   make bench   the benchmarks
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: setup demo test fast check soak bench clean
+
+setup: $(DONE)
+
+$(DONE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'make: $(PYTHON) is too old: Python 3.10 or newer is needed; give make PYTHON=python3.12' >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m benchmarks.demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+fast: setup
+	$(BIN)/python -m pytest -m 'not slow'
+
+clean:
+	rm -rf build dist *.egg-info .demo .pytest_cache .mypy_cache .ruff_cache

@@ -186,7 +186,7 @@ class DedupConfig:
     """Words in a shingle."""
     bands: int = 14
     rows: int = 8
-    """bands × rows is the number of permutations; two documents of Jaccard similarity s meet with 1-(1-s^rows)^bands."""
+    """bands × rows permutations; two documents of Jaccard similarity s meet with probability 1-(1-s^rows)^bands."""
     keep: Keep = Keep.longest
 
 

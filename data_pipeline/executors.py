@@ -2,13 +2,13 @@
 
 Chosen: pebble's pool. A worker that is killed or runs out of memory costs one task, which is tried again in a new
 worker; `concurrent.futures` breaks as a whole there. Results do not depend on the number of workers: a task reads and
-writes only its own files. Workers die with their parent (PR_SET_PDEATHSIG), so that `kill -9` leaves no orphan.
+writes only its own files. Workers watch their parent and die with it, so that `kill -9` leaves no orphan.
 """
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
@@ -25,7 +25,6 @@ from data_pipeline.records import PipelineError
 TRIES = 3
 """A task whose worker dies is tried this often in all."""
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _END = b"end"
 _ticks: Connection | None = None
 
@@ -105,5 +104,13 @@ def _drain(receiver: Connection, on_rows: Callable[[int], None]) -> None:
 def _start_worker(sender: Connection) -> None:
     global _ticks
     _ticks = sender
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _die_with_parent() -> None:
+    """PR_SET_PDEATHSIG would wait for the fork server, which lives as long as its children do."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)

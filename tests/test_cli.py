@@ -1,0 +1,182 @@
+"""The command line: quick help, completion, and faults in one go without a traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt2train.cli import main
+from gpt2train.commands import COMMANDS, load
+from gpt2train.compose import CONFIG_FOLDER, choices, compose, leaves, quoted
+from gpt2train.config import ConfigError, Precision, TrainConfig, check
+from gpt2train.help import command_help, complete
+
+TRAIN = CONFIG_FOLDER / "train"
+RUNNABLE = ["data.path=x", "run_dir=y", "steps=1"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpt2train", *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "--help"), ("corpus", "--help"), ("launch", "--help")])
+def test_help_answers_in_under_a_second(arguments: tuple[str, ...]) -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        result = run(*arguments)
+        seconds.append(time.monotonic() - start)
+        assert result.returncode == 0
+        assert "gpt2train" in result.stdout
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_help_names_every_setting_of_every_command(name: str) -> None:
+    text = command_help(name)
+    for key in leaves(load(COMMANDS[name].schema)):
+        assert f"  {key}=" in text
+
+
+def test_all_faults_are_told_at_once() -> None:
+    result = run("train", "steps=many", "optimizer.lr=-1", "modle=nano", "model=nanoo", "batch.micro=3", "zero.stage=7")
+    lines = result.stderr.strip().split("\n")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for part in (
+        "steps=many",
+        "optimizer.lr=-1.0: must be above 0; give 6e-4",
+        "modle=nano: there is no such setting; did you mean",
+        "model=nanoo: must be among",
+        "zero.stage=7: must be 0, 1, 2 or 3; give 1",
+        "data='': must name a folder of token shards; give data=corpus/tokens",
+        "batch.sequences=512 must be a multiple of batch.micro × 1 processes = 3",
+    ):
+        assert any(part in line for line in lines), part
+    assert not any(line.startswith("gpt2train train: steps=0") for line in lines)  # its value was refused, not missing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["trian"], "there is no such command; choose among corpus, train"),
+        (["train", "--steps", "3"], "settings are key=value"),
+        (["train", "steps"], "not of the form key=value"),
+        (["train", "optimizer=adam"], "optimizer=adam: holds further settings; give one of optimizer."),
+        (["train", "lr=3"], "did you mean optimizer.lr?"),
+        (["train", "~steps"], "settings cannot be deleted"),
+        (["train", "steps=1,2"], "several values are for `gpt2train sweep`"),
+        (["train", "precision=fp8"], "it is one of fp32, bf16"),
+        (["corpus"], "urls='': must name a URL list; give urls=list.txt"),
+        (["corpus", "urls=/nowhere/list.txt"], "there is no such file"),
+        (["corpus", "urls=x", "stages=[fetsh]"], "must be among urls, fetch, extract"),
+        (["corpus", "source=dataset", "path=/nowhere/x.jsonl"], "there is no such file or folder"),
+        (["corpus", "source=warc", "path=/nowhere"], "there is no such WARC file"),
+        (["corpus", "urls=x", "fetch.allow_addresses=[localhost]"], "must be an exact ip:port"),
+        (["corpus", "urls=x", "url_list.blocked_patterns=['(']"], "must be a regular expression"),
+        (["report", "/nowhere"], "must be the folder of a corpus or a run"),
+        (["why"], "must name a URL"),
+        (["sweep", "model=nano,micro"], "out='': must name the sweep's folder"),
+        (["launch", "processes=-1", "steps=0"], "processes=-1: must be 0 (one per GPU) or more"),
+        (["launch", "processes=2", "batch.sequences=7", *RUNNABLE], "must be a multiple of the 2 processes; give 8"),
+    ],
+)
+def test_a_mistake_gets_a_line_and_exit_code_2(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert part in captured.err
+    assert captured.out == ""
+
+
+def test_defaults_then_group_then_value() -> None:
+    config = compose(
+        TrainConfig,
+        ["model=nano", "model.dropout=0.1", "data=shards", *RUNNABLE[1:]],
+        groups=TRAIN,
+        aliases={"data": "data.path"},
+    )
+    assert config.model.name == "nano"
+    assert config.model.layers != TrainConfig().model.layers
+    assert config.model.dropout == 0.1
+    assert config.data.path == "shards"
+    assert config.precision is Precision.bf16
+
+
+def test_any_key_goes_below_deepspeed_extra() -> None:
+    config = compose(TrainConfig, ["deepspeed.extra.zero_optimization.overlap_comm=true", *RUNNABLE], groups=TRAIN)
+    assert config.deepspeed.extra == {"zero_optimization": {"overlap_comm": True}}
+
+
+@pytest.mark.parametrize("group", ["model", "recipe"])
+def test_every_shipped_choice_composes_and_can_run(group: str) -> None:
+    names = choices(TRAIN, group)
+    assert names
+    for name in names:
+        config = compose(TrainConfig, [f"{group}={name}", *RUNNABLE], groups=TRAIN)
+        assert check(config) == []
+        assert (config.model.name if group == "model" else config.recipe) == name
+
+
+def test_every_corpus_recipe_composes() -> None:
+    from data_pipeline.config import CorpusConfig
+    from data_pipeline.config import check as check_corpus
+
+    names = choices(CONFIG_FOLDER / "corpus", "recipe")
+    assert {"webtext", "openwebtext", "gopher", "c4", "fineweb", "extract_only"} <= set(names)
+    for name in names:
+        config = compose(CorpusConfig, [f"recipe={name}", "urls=x"], groups=CONFIG_FOLDER / "corpus")
+        assert config.recipe == name
+        assert check_corpus(config) == []
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "it's", 'say "x"', "$(touch x)", "a,b=c", "back\\slash", "http://a/?b=c&d=[1]"]
+)
+def test_quoted_text_reaches_the_setting_as_it_is(text: str) -> None:
+    config = compose(TrainConfig, [f"run_dir={quoted(text)}"])
+    assert config.run_dir == text
+
+
+def test_completion() -> None:
+    assert complete(["tr"]) == ["train", "trace"]
+    assert "model=" in complete(["train", "mo"])
+    assert "small" in complete(["train", "model=s"])
+    assert complete(["train", "precision="]) == ["fp32", "bf16"]
+    assert complete(["train", "compile=t"]) == ["true"]
+    assert "processes=" in complete(["launch", "pro"])
+    assert complete(["nonsense", "x"]) == []
+
+
+def test_completion_works_in_bash() -> None:
+    script = f"""
+    PATH={os.path.dirname(sys.executable)}:$PATH
+    eval "$(gpt2train --completion)"
+    COMP_LINE='gpt2train train model=sm' COMP_POINT=24
+    compopt() {{ :; }}
+    _gpt2train
+    echo "${{COMPREPLY[@]}}"
+    """
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30, check=True)
+    assert result.stdout.strip() == "small"
+
+
+def test_an_empty_command_line_shows_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage: gpt2train COMMAND" in capsys.readouterr().out
+
+
+def test_errors_of_faulty_config_carry_their_list() -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(TrainConfig, ["a=1", "b=2"])
+    assert len(error.value.faults) == 2

@@ -1,0 +1,107 @@
+"""The laws of the house: which package may import which, and no circle between rooms."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("data_pipeline", "gpt2train", "launch")
+STAGES = ("urls", "robots", "fetch", "warc", "extract", "language", "quality", "dedup", "contamination", "pack")
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    }
+
+
+def imports(path: Path, *, top_only: bool = False) -> set[str]:
+    """Dotted names that a file imports; with `top_only`, not those inside functions."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_only else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("name", [m for m in modules() if m.startswith("data_pipeline")])
+def test_the_pipeline_knows_nothing_of_training(name: str) -> None:
+    assert not roots(modules()[name]) & {"torch", "deepspeed", "gpt2train", "launch", "transformers"}
+
+
+@pytest.mark.parametrize("name", [m for m in modules() if m.startswith("launch")])
+def test_launch_knows_neither(name: str) -> None:
+    assert not roots(modules()[name]) & {"torch", "deepspeed", "gpt2train", "data_pipeline"}
+
+
+@pytest.mark.parametrize("name", [m for m in modules() if m.startswith("gpt2train")])
+def test_training_takes_tokens_alone_from_the_pipeline(name: str) -> None:
+    taken = {i for i in imports(modules()[name]) if i.startswith("data_pipeline")}
+    if name == "gpt2train.joined":
+        return
+    allowed = ("data_pipeline.token_shards", "data_pipeline.tokenizer")
+    assert all(i == "data_pipeline" or i.startswith(allowed) for i in taken), taken
+    if name not in ("gpt2train.engine", "gpt2train.checkpoint"):
+        assert "deepspeed" not in roots(modules()[name])
+    if name != "gpt2train.joined":
+        assert "launch" not in roots(modules()[name])
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_stages_do_not_import_each_other(name: str) -> None:
+    others = {f"data_pipeline.{s}" for s in STAGES} - {f"data_pipeline.{name}"}
+    crossing = {i for i in imports(ROOT / "data_pipeline" / f"{name}.py") if i in others}
+    # The fetch writes WARC records and obeys robots.txt: those two are its tools, not stages beside it.
+    if name == "fetch":
+        crossing -= {"data_pipeline.warc", "data_pipeline.robots"}
+    assert not crossing
+
+
+def test_no_import_circle() -> None:
+    names = modules()
+    graph = {name: {i for i in imports(path) if i in names and i != name} for name, path in names.items()}
+    state: dict[str, str] = {}
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if state.get(name) == "done":
+            return
+        assert name not in trail, f"circle: {' → '.join((*trail, name))}"
+        for other in sorted(graph[name]):
+            visit(other, (*trail, name))
+        state[name] = "done"
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_settings_import_nothing_heavy() -> None:
+    for name in ("data_pipeline.config", "gpt2train.config", "gpt2train.cli", "gpt2train.commands", "launch.config"):
+        heavy = imports(modules()[name], top_only=True)
+        assert not {i.split(".")[0] for i in heavy} & {"torch", "deepspeed", "hydra", "pyarrow", "omegaconf"}, name
+
+
+def test_every_room_is_on_the_map() -> None:
+    for package in PACKAGES:
+        documentation = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))) or ""
+        rooms = {p.stem for p in (ROOT / package).glob("*.py")} - {"__init__", "__main__"}
+        missing = {room for room in rooms if f"    {room} " not in documentation + " "}
+        assert not missing, f"{package}/__init__.py does not name {sorted(missing)}"
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for name, path in modules().items():
+        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
