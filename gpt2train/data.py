@@ -34,7 +34,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _key(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A 64-bit key from whole numbers, in order."""
     key = 0
     for number in numbers:
@@ -52,7 +52,7 @@ def permute(positions: np.ndarray, size: int, *, seed: int, epoch: int) -> np.nd
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    keys = [np.uint64(_key(seed, epoch, size, number)) for number in range(FEISTEL_ROUNDS)]
+    keys = [np.uint64(derive_seed(seed, epoch, size, number)) for number in range(FEISTEL_ROUNDS)]
 
     result = positions.astype(np.uint64)
     outside = np.ones(result.shape, dtype=bool)

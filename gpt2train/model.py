@@ -242,6 +242,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_gradient_NC, weight_gradient_PC = ctx.saved_tensors
         return x_gradient_NC * loss_gradient, weight_gradient_PC * loss_gradient, None, None

@@ -1,0 +1,209 @@
+"""The processes of a run: who they are, how they agree, and how a run ends when one of them does not answer.
+
+Flows in: the environment that torchrun or the deepspeed launcher made (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT), or none of it: then this process is the whole world. Flows out: a `World`, and a few small collectives.
+Two things keep a dead or stopped peer from hanging the rest: the time limit of every collective, and the `Watchdog`.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .config import ConfigError, Device, GPT2TrainError, PeerError
+
+
+@dataclass(frozen=True)
+class World:
+    """One process of a run. `size` processes hold ranks 0 to `size` - 1; rank 0 speaks and keeps the records."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def world_size() -> int:
+    """Processes of this run, from the environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(device: Device, timeout_s: float) -> World:
+    """Joins the run's other processes, or makes a world of one; a second call gives the same world.
+
+    Every collective of every group ends after `timeout_s`. Raises ConfigError for an environment or a GPU that is not
+    there and PeerError when the others do not come in time.
+    """
+    world = _world(device)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if dist.is_initialized():
+        return world
+    # DeepSpeed looks for these even where it does not start torch.distributed; without them it asks for mpi4py.
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank))
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout_s)}
+    if world.size == 1:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # no port, no name look-up
+    try:
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", **options)
+    except (dist.DistError, RuntimeError) as error:
+        raise PeerError(
+            f"rank {world.rank}: not all {world.size} processes met at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within distributed.timeout_s={timeout_s:g} ({_first_line(error)})"
+        ) from error
+    _limit_new_groups(timedelta(seconds=timeout_s))
+    return world
+
+
+def _world(device: Device) -> World:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    size = world_size()
+    missing = [name for name in names if name not in os.environ]
+    if size > 1 and missing:
+        raise ConfigError(
+            [f"WORLD_SIZE={size}: {', '.join(missing)} must be set too; start with torchrun or `gpt2train launch`"]
+        )
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    gpus = torch.cuda.device_count() if device is not Device.cpu and torch.cuda.is_available() else 0
+    if device is Device.cuda and gpus == 0:
+        raise ConfigError(["device=cuda: torch sees no GPU here; give device=cpu, or install torch for your driver"])
+    if gpus and local_rank >= gpus:
+        raise ConfigError(
+            [f"local rank {local_rank}: this machine has {gpus} GPUs; start at most {gpus} processes on it"]
+        )
+    return World(rank, size, local_rank, torch.device("cuda", local_rank) if gpus else torch.device("cpu"))
+
+
+def _limit_new_groups(timeout: timedelta) -> None:
+    """Groups that DeepSpeed makes later get the run's time limit; by themselves they get torch's 30 minutes."""
+    if isinstance(dist.new_group, functools.partial):
+        return
+    dist.new_group = functools.partial(dist.new_group, timeout=timeout)
+
+
+def all_sum(world: World, values: Sequence[float]) -> list[float]:
+    """Element-wise sum over all ranks in float64. Waits for the device."""
+    numbers = torch.tensor(values, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(numbers)
+    return [float(value) for value in numbers.tolist()]
+
+
+def all_rows(world: World, row: bytes) -> list[bytes]:
+    """Every rank's bytes, in the order of ranks; equally many on each."""
+    mine = torch.tensor(list(row), dtype=torch.uint8, device=world.device)
+    if world.size == 1:
+        return [row]
+    rows = [torch.empty_like(mine) for _ in range(world.size)]
+    dist.all_gather(rows, mine)
+    return [bytes(other.tolist()) for other in rows]
+
+
+def on_rank_zero(world: World, work: Callable[[], int]) -> int:
+    """Runs `work` on rank 0 and gives its whole number to all ranks.
+
+    Where it raises, rank 0 raises that error and the others a GPT2TrainError with its exit code, so that all leave.
+    """
+    outcome, error = [0, 0], None
+    if world.rank == 0:
+        try:
+            outcome = [0, work()]
+        except Exception as raised:
+            error = raised
+            outcome = [getattr(raised, "exit_code", 1), 0]
+    if world.size > 1:
+        numbers = torch.tensor(outcome, dtype=torch.int64, device=world.device)
+        dist.broadcast(numbers, src=0)
+        outcome = [int(number) for number in numbers.tolist()]
+    if error is not None:
+        raise error
+    if outcome[0]:
+        follower = GPT2TrainError(f"rank {world.rank}: rank 0 ended the run; its line says why")
+        follower.exit_code = outcome[0]
+        raise follower
+    return outcome[1]
+
+
+# What torch's backends say when a peer is gone or silent: Gloo raises plain RuntimeError, NCCL DistBackendError.
+_PEER_SIGNS = ("gloo", "Timed out", "timed out", "Connection closed", "Connection reset", "NCCL", "Broken pipe")
+
+
+def peer_error(error: Exception, world: World, doing: str) -> PeerError | None:
+    """A PeerError with the cause in one line, when `error` is a collective's; else None."""
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not any(sign in text for sign in _PEER_SIGNS):
+        return None
+    return PeerError(
+        f"rank {world.rank}: {doing}: another rank died, stopped or cannot be reached ({_first_line(error)})"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+class Watchdog:
+    """Ends this process with exit code 7 when what it watches takes longer than `limit_s`.
+
+        watchdog.watch("step 57")   # the clock starts anew
+        watchdog.rest()             # nothing is watched
+
+    A thread, because the main one may wait for ever in a collective. It prints one line that names what was waited for,
+    then every thread's stack, and leaves without clean-up, which would wait too. Time during which this process itself
+    was stopped does not count against its peers.
+    """
+
+    def __init__(self, world: World, limit_s: float) -> None:
+        self._rank, self._limit_s = world.rank, limit_s
+        self._tick_s = min(limit_s / 20, 0.5)
+        self._what: str | None = None
+        self._spent_s = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def watch(self, what: str) -> None:
+        self._what, self._spent_s = what, 0.0
+
+    def rest(self) -> None:
+        self._what = None
+
+    def close(self) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        while not self._end.wait(self._tick_s):
+            now = time.monotonic()
+            self._spent_s += min(now - before, 2 * self._tick_s)
+            before = now
+            if self._what is not None and self._spent_s > self._limit_s:
+                self._bark()
+
+    def _bark(self) -> None:
+        line = (
+            f"gpt2train: rank {self._rank}: {self._what} did not end within distributed.timeout_s={self._limit_s:g}: "
+            f"another rank died or stopped, or the step is slower than the limit; the stacks follow\n"
+        )
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        os._exit(PeerError.exit_code)
+
+
+def leave() -> None:
+    """Ends torch.distributed in this process; peers that are gone are not waited for."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,238 @@
+"""What a run reports: metrics.jsonl, a line on the terminal, Weights & Biases.
+
+Flows in: the numbers of a step, or of an evaluation. Flows out: one line of JSON a step in `run_dir/metrics.jsonl`,
+which is the record; the terminal and Weights & Biases are shown the same numbers, and neither can stop a run. After a
+resume the file is cut behind the checkpoint's step, so that it always holds one curve without gap or double.
+
+Floats are written in full (Python's shortest form that reads back as the same number).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .config import Precision, TrainConfig, WandbMode, flops_per_token
+from .run_folder import METRICS
+
+PEAK_FLOPS = {
+    # Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (sparsity's factor of two taken off). The
+    # first name that torch's device name contains counts.
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+}
+"""Peak of a device by (part of) its name; MFU is not reported for others, nor for fp32."""
+
+
+def peak_flops(device_name: str, precision: Precision) -> float | None:
+    """Peak FLOP/s of one device, or None when it is not known."""
+    if precision is not Precision.bf16:
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
+
+
+class MetricsFile:
+    """`metrics.jsonl`, opened to go on after `step`: lines of later steps and a torn last line are cut off.
+
+    Every line is flushed as it is written; `sync()` before a checkpoint makes all of them outlive a power cut, so the
+    file never ends before the checkpoint that a run goes on from.
+    """
+
+    def __init__(self, run_dir: Path, *, after_step: int) -> None:
+        path = run_dir / METRICS
+        self.cut_lines = _cut(path, after_step)
+        """Lines that were cut off: of steps after the checkpoint, or torn."""
+        self._file = open(path, "ab")  # noqa: SIM115 (held open for the whole run)
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """One line. Numbers that are not finite become null, as JSON has no word for them."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
+        self._file.write(json.dumps(clean).encode() + b"\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _cut(path: Path, after_step: int) -> int:
+    """Truncates the file before its first line that is torn or of a later step; gives the number of lines lost."""
+    if not path.exists():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    keep = 0
+    for number, line in enumerate(lines):
+        try:
+            entry = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            entry = None
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int) or entry["step"] > after_step:
+            os.truncate(path, keep)
+            return len(lines) - number
+        keep += len(line)
+    return 0
+
+
+class Wandb:
+    """Weights & Biases as one more sink. Whatever fails there is told once and then left alone.
+
+    The run's id is stable, so a resumed run goes on in the same place, also when it was recorded offline.
+    """
+
+    def __init__(self, config: TrainConfig, run_id: str, tell: Callable[[str], None]) -> None:
+        self._run: Any = None
+        self._tell = tell
+        if config.logging.wandb is WandbMode.off:
+            return
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                project=config.logging.wandb_project,
+                name=Path(config.run_dir).resolve().name,
+                id=run_id,
+                resume="allow",
+                mode=config.logging.wandb.value,
+                dir=config.run_dir,
+                settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
+            )
+        except Exception as error:  # no account, no network, no such project: none of them is the run's business
+            self._fail(error)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
+        except Exception as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish(quiet=True)
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._run = None
+        self._tell(f"Weights & Biases is off for this start ({(str(error).splitlines() or [repr(error)])[0]})")
+
+
+class Reporter:
+    """All sinks of a run, on rank 0; on other ranks every call does nothing.
+
+    `entry` of a step holds `step`, `loss`, `lr`, `grad_norm` and `tokens`; `tokens_per_s` and, where the device's peak
+    is known, `mfu` are added from the clock.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, active: bool, run_id: str, after_step: int, ranks: int, device_name: str
+    ) -> None:
+        self.active = active
+        self._config = config
+        self._peak = peak_flops(device_name, config.precision)
+        self._ranks = ranks
+        self._first_step = after_step
+        self._begin = self._lap = time.perf_counter()
+        if active:
+            self._file = MetricsFile(Path(config.run_dir), after_step=after_step)
+            self._wandb = Wandb(config, run_id, self.tell)
+            if self._file.cut_lines:
+                self.tell(f"metrics.jsonl: {self._file.cut_lines} lines after step {after_step} are written anew")
+
+    def tell(self, line: str) -> None:
+        """One line for people, on standard error."""
+        if self.active:
+            print(line, file=sys.stderr, flush=True)
+
+    def start_clock(self) -> None:
+        """Time until now does not count for the next step (start-up, evaluation, a save)."""
+        self._lap = time.perf_counter()
+
+    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, tokens: int) -> None:
+        """Records a step; the time since the last call (or `start_clock`) is the step's."""
+        now = time.perf_counter()
+        took_s, self._lap = now - self._lap, now
+        if not self.active:
+            return
+        tokens_per_step = self._config.batch.sequences * self._config.model.context
+        rate = tokens_per_step / took_s
+        entry: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "tokens_per_s": rate,
+        }
+        if self._peak is not None:
+            entry["mfu"] = rate * flops_per_token(self._config.model) / (self._peak * self._ranks)
+        self._file.write(entry)
+        self._wandb.log(entry)
+        if step % self._config.logging.every_steps == 0 or step in (self._first_step + 1, self._config.steps):
+            self.tell(self._line(entry, now))
+
+    def _line(self, entry: dict[str, Any], now: float) -> str:
+        step, steps = entry["step"], self._config.steps
+        left_s = (now - self._begin) / (step - self._first_step) * (steps - step)
+        mfu = f"  MFU {entry['mfu']:.1%}" if "mfu" in entry else ""
+        return (
+            f"step {step:>{len(str(steps))}}/{steps}  loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  "
+            f"gradient norm {entry['grad_norm']:.3f}  {entry['tokens_per_s']:,.0f} tokens/s{mfu}  "
+            f"{duration(left_s)} to go"
+        )
+
+    def evaluation(self, *, step: int, validation_loss: float) -> None:
+        if not self.active:
+            return
+        entry = {"step": step, "validation_loss": validation_loss}
+        self._file.write(entry)
+        self._wandb.log(entry)
+        self.tell(
+            f"step {step}  validation loss {validation_loss:.4f}  perplexity {math.exp(min(validation_loss, 700)):.2f}"
+        )
+
+    def sync(self) -> None:
+        if self.active:
+            self._file.sync()
+
+    def close(self) -> None:
+        if self.active:
+            self._file.close()
+            self._wandb.close()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 1 d 2 h, 3 h 20 min, 4 min 5 s or 6 s."""
+    whole = round(seconds)
+    for unit, name, below, below_name in ((86_400, "d", 3_600, "h"), (3_600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= unit:
+            return f"{whole // unit} {name} {whole % unit // below} {below_name}"
+    return f"{whole} s"
