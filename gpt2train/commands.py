@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command] = {
     ),
 }
 
-LADDER = ("nano", "micro", "mini", "tiny", "little")
+LADDER = ("nano", "micro", "mini", "little", "small")
 """Models that `model=ladder` stands for in a sweep, smallest first."""
 
 
