@@ -12,7 +12,6 @@ most two positions a token. A prompt longer than the context enters with its las
 from __future__ import annotations
 
 import codecs
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
@@ -144,9 +143,7 @@ def generate(config: GenerateConfig) -> int:
     model = load_model(config.run, choose_device(config.device))
     if model.config.vocabulary < VOCABULARY:
         raise ConfigError(
-            [
-                f"run={config.run}: its vocabulary of {model.config.vocabulary} is not GPT-2's {VOCABULARY}; choose another"
-            ]
+            [f"run={config.run}: its {model.config.vocabulary} tokens are fewer than GPT-2's {VOCABULARY}; train anew"]
         )
     tokenizer = load_tokenizer()
     text = sys.stdin.buffer.read().decode("utf-8", "replace") if config.prompt == "-" else config.prompt
@@ -154,27 +151,23 @@ def generate(config: GenerateConfig) -> int:
     if len(prompt) > model.config.context:
         _say(f"the prompt has {len(prompt)} tokens; the last {model.config.context} (model.context) are used")
     out = sys.stdout.buffer
-    try:
-        for i in range(config.samples):
-            if config.samples > 1:
-                _say(f"sample {i + 1} of {config.samples}, seed {config.seed + i}")
-            tokens = sample(
-                model,
-                prompt,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                seed=config.seed + i,
-            )
-            if config.echo:
-                _write(out, text)
-            for piece in utf8_stream(tokens, tokenizer):
-                _write(out, piece)
-            _write(out, "\n")
-    except BrokenPipeError:
-        # The reader (`| head`) has enough. Python would complain again when it flushes at exit, so give it a sink.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for i in range(config.samples):
+        if config.samples > 1:
+            _say(f"sample {i + 1} of {config.samples}, seed {config.seed + i}")
+        tokens = sample(
+            model,
+            prompt,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            seed=config.seed + i,
+        )
+        if config.echo:
+            _write(out, text)
+        for piece in utf8_stream(tokens, tokenizer):
+            _write(out, piece)
+        _write(out, "\n")
     return 0
 
 

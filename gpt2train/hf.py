@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from data_pipeline.tokenizer import END_OF_TEXT
+
 from . import checkpoint
 from .config import CheckpointError, ConfigError, Device, ModelConfig
 from .model import GPT, LAYER_NORM_EPS
@@ -110,7 +112,7 @@ def from_hf_state(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dic
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
     """The content of config.json: the fields of transformers' GPT2Config that say what our model computes."""
-    end = config.vocabulary - 1  # `<|endoftext|>` is the last token of the GPT-2 vocabulary
+    end = END_OF_TEXT if config.vocabulary > END_OF_TEXT else None
     return {
         "activation_function": "gelu_new",
         "add_cross_attention": False,
@@ -221,7 +223,7 @@ def read_hf_folder(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tenso
         raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object; fetch it again")
     config = model_config_from_hf(found)
     state: dict[str, torch.Tensor] = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (a safe_open object is no dictionary)
@@ -233,8 +235,8 @@ def read_hf_folder(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tenso
     return config, from_hf_state(state, config)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that model.safetensors.index.json names."""
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the files that model.safetensors.index.json names; raises as `read_hf_folder` does."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 """What the last `evaluate` measured."""
 REPORT = "report.html"
+IMPORTED = "imported.json"
+"""In a run that `import` made: the sha256 of the files that its first weights came from, and the run's id."""
 
 _log = logging.getLogger(__name__)
 
@@ -109,3 +112,34 @@ def checkpoint_folders(run_dir: str | Path) -> list[Path]:
     folder = Path(run_dir) / CHECKPOINTS
     found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def run_dir_of(checkpoint: str | Path) -> Path | None:
+    """The run's folder that a checkpoint folder lies in; None when it was taken out of its run."""
+    parent = Path(checkpoint).resolve().parent
+    return parent.parent if parent.name == CHECKPOINTS else None
+
+
+def data_folder(run_dir: str | Path) -> Path | None:
+    """The token shards that the run trains on: as recorded when it started, else as config.yaml names them, if at all.
+
+    The record is absolute, so it holds from any working directory.
+    """
+    recorded = read_json(Path(run_dir) / VERSIONS).get("data", {}).get("path")
+    if recorded:
+        return Path(recorded)
+    named = read_run_config(run_dir).data.path if (Path(run_dir) / CONFIG).is_file() else ""
+    return Path(named) if named else None
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes `path` whole: whoever reads it sees the content before or this one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,185 @@
+"""The model card of an exported checkpoint: what it is, what it was made from, how well it does, what it is not.
+
+Flows in: a checkpoint's state and its run's records. Flows out: README.md, Markdown behind a YAML front matter that the
+Hugging Face Hub reads. It says only what is recorded; what nobody measured it calls unknown. The same checkpoint and
+records give the same text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .claim import RUN
+from .config import ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
+from .run_folder import EVALUATION, IMPORTED, VERSIONS, read_json, read_metrics, read_run_config, run_dir_of, series
+
+
+def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:
+    """README.md of the checkpoint in `checkpoint`, whose state.json is `state`."""
+    model = ModelConfig(**state["model"])
+    step, tokens = int(state["step"]), int(state["tokens"])
+    run_dir = run_dir_of(checkpoint)
+    config = _config(run_dir)
+    metrics = read_metrics(run_dir) if run_dir else []
+    evaluation = read_json(run_dir / EVALUATION) if run_dir else {}
+    if evaluation.get("source") != checkpoint.name:
+        evaluation = {}  # of another checkpoint
+    validation = dict(series(metrics, "validation_loss")).get(step)
+    name = run_dir.name if run_dir else model.name
+    imported = _imported(run_dir)
+    sections = [
+        _front_matter(name, validation),
+        f"# {_escaped(name)}\n\n{_what_it_is(model, step, imported)}",
+        _use(),
+        "## Training\n\n" + _rows(_training_rows(model, state, config, step, tokens)),
+        "## Evaluation\n\n" + _results(dict(series(metrics, "loss")).get(step), validation, evaluation),
+        _LIMITATIONS,
+        "## What made it\n\n" + _rows(_origin_rows(state, imported, read_json(run_dir / VERSIONS) if run_dir else {})),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _config(run_dir: Path | None) -> TrainConfig | None:
+    try:
+        return read_run_config(run_dir) if run_dir else None
+    except ConfigError:
+        return None
+
+
+def _front_matter(name: str, validation_loss: float | None) -> str:
+    """YAML whose strings are written as JSON, which YAML contains: no name can break out of its place."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "- gpt2train"]
+    if validation_loss is not None:
+        lines += [
+            "model-index:",
+            f"- name: {json.dumps(name)}",
+            "  results:",
+            "  - task:",
+            "      type: text-generation",
+            "    dataset:",
+            "      type: token-shards",
+            '      name: "validation split of the training corpus"',
+            "    metrics:",
+            "    - type: loss",
+            f"      value: {validation_loss!r}",
+            '      name: "nats per token"',
+        ]
+    return "\n".join([*lines, "---"])
+
+
+def _what_it_is(model: ModelConfig, step: int, imported: Mapping[str, Any]) -> str:
+    text = (
+        f"A GPT-2 language model of {parameter_count(model):,} parameters: {model.layers} layers, "
+        f"{model.channels} channels, {model.heads} heads, a context of {model.context:,} tokens "
+        f"and a vocabulary of {model.vocabulary:,}."
+    )
+    if imported and step:
+        text += " Its training went on from imported weights, named below; what they were trained on is unknown."
+    elif imported:
+        text += " Its weights were imported, as named below, and not trained further."
+    return text
+
+
+def _imported(run_dir: Path | None) -> dict[str, Any]:
+    """What `import` recorded, unless the run was started from nothing since, which gives it a new id."""
+    found = read_json(run_dir / IMPORTED) if run_dir else {}
+    return found if run_dir and found.get("run_id") == read_json(run_dir / RUN).get("id") else {}
+
+
+def _use() -> str:
+    return """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+inputs = tokenizer("In a shocking finding,", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```"""
+
+
+def _training_rows(
+    model: ModelConfig, state: Mapping[str, Any], config: TrainConfig | None, step: int, tokens: int
+) -> list[tuple[str, str]]:
+    rows = [
+        ("steps", f"{step:,}"),
+        ("tokens", f"{tokens:,}"),
+        ("FLOPs", f"{flops_per_token(model) * tokens:.3g}"),
+    ]
+    if config is not None and step:
+        o = config.optimizer
+        rows += [
+            ("steps planned", f"{config.steps:,}"),
+            ("recipe", config.recipe),
+            ("batch", f"{config.batch.sequences} sequences of {model.context:,} tokens"),
+            ("optimizer", f"AdamW, betas {o.beta1} and {o.beta2}, epsilon {o.eps}, weight decay {o.weight_decay}"),
+            ("learning rate", f"{o.lr}, {o.schedule.value}, down to {o.min_lr_ratio} of it"),
+            ("gradient clipping", f"norm {o.clip_grad_norm}" if o.clip_grad_norm else "none"),
+            ("dropout", str(model.dropout)),
+            ("precision", config.precision.value),
+            ("seed", str(config.seed)),
+        ]
+    if layout := state.get("layout"):
+        rows.append(("processes", f"{layout['processes']}, ZeRO stage {layout['zero_stage']}"))
+    return rows
+
+
+def _results(train_loss: float | None, validation_loss: float | None, evaluation: Mapping[str, Any]) -> str:
+    rows = []
+    if train_loss is not None:
+        rows.append(("training loss of the last step, nats per token", f"{train_loss:.4f}"))
+    if validation_loss is not None:
+        rows.append(("validation loss during training, nats per token", f"{validation_loss:.4f}"))
+    for result in evaluation.get("results", []):
+        for key, words in (
+            ("loss", "nats per token"),
+            ("perplexity", "perplexity per token"),
+            ("word_perplexity", "perplexity per word"),
+            ("bits_per_byte", "bits per byte"),
+        ):
+            if result.get(key) is not None:
+                rows.append((f"{result['name']} ({result['tokens']:,} tokens), {words}", f"{result[key]:.4f}"))
+    if not rows:
+        return "Nothing was measured for this checkpoint."
+    return _rows(rows) + (
+        "\n\nThe validation split is held out from the corpus of the training data: it shares its sources and biases."
+    )
+
+
+def _origin_rows(
+    state: Mapping[str, Any], imported: Mapping[str, Any], versions: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    rows = [(f"imported {file}, sha256", digest) for file, digest in sorted(imported.get("files", {}).items())]
+    if data := state.get("data", {}):
+        rows.append(("token shards, fingerprint", data["fingerprint"]))
+        rows.append(("tokenizer, sha256", data["tokenizer_sha256"]))
+    if versions.get("git_commit"):
+        rows.append(("git commit", versions["git_commit"]))
+    rows += [(name, str(value)) for name, value in sorted(versions.get("versions", {}).items())]
+    return rows or [("records", "none were kept")]
+
+
+def _rows(rows: list[tuple[str, str]]) -> str:
+    """A Markdown table of two columns; what a value holds is shown, not read as Markdown's own signs."""
+    lines = ["| | |", "|---|---|"]
+    return "\n".join(lines + [f"| {_escaped(name)} | {_escaped(value)} |" for name, value in rows])
+
+
+def _escaped(text: str) -> str:
+    for sign in "\\|`*_<>[]":
+        text = text.replace(sign, f"\\{sign}")
+    return " ".join(text.split())
+
+
+_LIMITATIONS = """## Limitations
+
+The model continues text as its training pages would. It does not know what is true, was not taught to follow
+instructions or to refuse any, and repeats the biases, errors and offensive or private content of the pages it was
+trained on. It was not evaluated for safety. Whatever is published from it should be read by a person first.
+
+No license is stated here: it is for whoever publishes the model to choose one, and to check what the sources of the
+training data allow."""

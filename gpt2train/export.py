@@ -1,0 +1,187 @@
+"""A run → a folder that transformers loads; and such a folder → a run to train on.
+
+Flows in: a run's checkpoint. Flows out: config.json, generation_config.json, model.safetensors, the tokenizer's files
+and a model card, README.md. The folder is written beside its place, read back and compared, synced, and renamed: it is
+whole or absent. The same checkpoint gives the same bytes.
+
+The other way, a folder in Hugging Face format becomes a run whose only checkpoint stands at step 0, with no moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
+from data_pipeline.tokenizer import load as load_tokenizer
+
+from . import checkpoint, claim
+from .card import model_card
+from .config import CheckpointError, ConfigError, ExportConfig, GPT2TrainError, ImportConfig, ModelConfig
+from .hf import hf_config, read_hf_folder, to_hf_state, weight_files
+from .run_folder import IMPORTED
+
+END_OF_TEXT_TOKEN = "<|endoftext|>"
+
+
+def export_run(config: ExportConfig) -> int:
+    """Writes the run's newest whole checkpoint, or the checkpoint named, to the new folder `to`."""
+    faults = []
+    if not config.run:
+        faults.append("run='': must name a run or checkpoint folder; give run=runs/NAME")
+    if not config.to:
+        faults.append("to='': must name a new folder; give to=out")
+    if faults:
+        raise ConfigError(faults)
+    target = Path(config.to)
+    _refuse_occupied(target)
+    source = checkpoint.resolve(config.run)
+    state = checkpoint.read_state(source)
+    model = ModelConfig(**state["model"])
+    weights = to_hf_state(checkpoint.read_weights(source), model)
+    with _folder_beside(target) as folder:
+        _write_json(folder / "config.json", hf_config(model))
+        _write_json(folder / "generation_config.json", generation_config(model))
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        if model.vocabulary >= VOCABULARY:
+            _write_tokenizer(folder, model)
+        (folder / "README.md").write_text(model_card(source, state), encoding="utf-8")
+        _verify(folder, weights, hf_config(model))
+    print(f"{source} → {target}: {sum(w.numel() for w in weights.values()):,} parameters", file=sys.stderr)
+    return 0
+
+
+def generation_config(model: ModelConfig) -> dict[str, Any]:
+    """The content of generation_config.json: where a sample starts and ends, nothing about taste."""
+    end = END_OF_TEXT if model.vocabulary > END_OF_TEXT else None
+    return {"_from_model_config": True, "bos_token_id": end, "eos_token_id": end}
+
+
+def _write_tokenizer(folder: Path, model: ModelConfig) -> None:
+    """GPT-2's checked vocabulary under the names that transformers looks for."""
+    files = load_tokenizer().files()
+    for source, name in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        (folder / name).write_bytes(files[source].read_bytes())
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT_TOKEN)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": model.context,
+            "tokenizer_class": "GPT2Tokenizer",
+            **special,
+        },
+    )
+
+
+def _verify(folder: Path, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> None:
+    """Reads the folder back; raises CheckpointError when it does not hold exactly what was to be written."""
+    read_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    read = load_file(folder / "model.safetensors")
+    differing = [
+        n for n in sorted({*weights, *read}) if n not in read or n not in weights or not _same(read[n], weights[n])
+    ]
+    if read_config != config:
+        differing.append("config.json")
+    if differing:
+        raise CheckpointError(
+            f"{folder}: read back, {', '.join(differing[:5])} differ from what was written; check the disk"
+        )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit, NaN included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def import_model(config: ImportConfig) -> int:
+    """Writes the model at `path` as the checkpoint at step 0 of the new run folder `to`."""
+    faults = []
+    if not config.path:
+        faults.append("path='': must name a folder in Hugging Face format; give path=FOLDER")
+    if not config.to:
+        faults.append("to='': must name a new run folder; give to=runs/NAME")
+    if faults:
+        raise ConfigError(faults)
+    target = Path(config.to)
+    _refuse_occupied(target)
+    model, weights = read_hf_folder(config.path)
+    files = {file.name: _sha256(file) for file in weight_files(Path(config.path))}
+    state = {"step": 0, "tokens": 0, "model": asdict(model)}
+    run_id = secrets.token_hex(8)
+    with _folder_beside(target) as folder:
+        # Adam's moments before any update: zeros, which take no memory until they are written.
+        tensors = ((n, w, torch.zeros(()).expand(w.shape), torch.zeros(()).expand(w.shape)) for n, w in weights.items())
+        checkpoint.save(folder, 0, tensors, state)
+        # The run's record with no identity yet: the first `train` chooses data, batch and seed.
+        claim.Claim(folder, run_id=run_id, identity={}, published=0).record()
+        _write_json(folder / IMPORTED, {"run_id": run_id, "files": files})
+    print(
+        f"{config.path} → {target}: go on with `gpt2train train run_dir={target} model.layers={model.layers} "
+        f"model.channels={model.channels} model.heads={model.heads} model.context={model.context} "
+        f"model.vocabulary={model.vocabulary} data=… steps=…`",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _refuse_occupied(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ConfigError([f"to={target}: is a file; give a new folder"])
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError([f"to={target}: exists and is not empty; give a new folder"])
+
+
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """A new folder beside `target`; synced and renamed to it at the end, removed when anything fails."""
+    target = target.resolve()
+    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        for path in sorted(folder.rglob("*")):
+            _sync(path)
+        _sync(folder)
+        folder.rename(target)  # takes the place of an empty folder, fails over anything else
+        _sync(target.parent)
+    except OSError as error:
+        raise GPT2TrainError(
+            f"{target}: cannot be written ({error.strerror or error}); nothing was left there"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
