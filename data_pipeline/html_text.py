@@ -4,9 +4,10 @@ In: a decoded response body (no Content-Encoding left), its Content-Type header,
 Out: `Extracted` (text and metadata) or `Rejected` (state, reason, detail). Nothing here depends on what pages came
 before, on the clock or on the machine: the same arguments give the same answer.
 
-The text is NFC (composed characters, so that one word has one spelling; not NFKC, which would rewrite ½ and ²), has
-no control characters but newline and tab, no lone surrogates, and encodes to UTF-8. Cost: about 25 ms a page, most of
-it trafilatura; pages with next to no visible text are told in 2 ms and never reach it.
+The text is NFC (composed characters, so that one word has one spelling; not NFKC, which would rewrite ½ and ²). It has
+no control characters but newline and tab, no soft hyphens or zero-width spaces, no lone surrogates, and encodes to
+UTF-8. Cost: about 25 ms a page, most of it trafilatura; pages with next to no visible text are told in 2 ms and never
+reach it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ _CODECS = {
     "iso-8859-8-i": "iso-8859-8",
 }
 
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufeff\ufffe\uffff]")
+# Control characters but tab and newline, lone surrogates, non-characters, and what is never seen: soft hyphen,
+# zero-width space, word joiner, byte-order mark. (The zero-width joiners stay: they change how a word or emoji looks.)
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\u2060\ud800-\udfff\ufdd0-\ufdef\ufeff\ufffe\uffff]")
 _META_CHARSET = re.compile(rb"<meta[^>]{0,500}?charset\s*=\s*[\"']?\s*([A-Za-z0-9_:.+-]{2,40})", re.IGNORECASE)
 _XML_ENCODING = re.compile(rb"^\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([A-Za-z0-9_:.+-]{2,40})")
 _HTML_START = re.compile(rb"<(?:!doctype\s+html|html|head|body)\b", re.IGNORECASE)
@@ -183,9 +186,9 @@ def _trafilatura(
 
 
 def clean_text(text: str) -> str:
-    """NFC; newline as the only line end; no control characters or surrogates; no blanks at the end of a line."""
+    """NFC; newline as the only line end; no unseen characters or surrogates; no blanks at the end of a line."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    text = unicodedata.normalize("NFC", _UNSEEN.sub("", text))
     return "\n".join(line.rstrip() for line in text.split("\n")).strip()
 
 

@@ -11,10 +11,11 @@ too, so that other bounds can be tried on the verdicts alone; and the texts that
 Where a paper leaves the counting open, it is done as in datatrove 0.10, FineWeb's code: a punctuation mark is a word of
 its own, except where words are counted and their mean length is taken; a top n-gram counts even if it occurs once;
 duplicate n-grams are counted from left to right, without overlap; ratios of repetition are of all characters. Words and
-sentences are told by regular expressions, not by spaCy, at a fiftieth of the time. The order is FineWeb's: repetition,
+sentences are told by regular expressions instead of spaCy, six times as fast over all rules; of 1,028 pages' texts
+99 % got the same verdict. The order is FineWeb's: repetition,
 Gopher's quality, C4 (which takes lines away), and FineWeb's own rules on what is left.
 
-Cost: repetition 700 documents/s, the rest 2,500. Rules of one group are measured only if one of the group is on.
+Cost: for texts of 9,000 characters, Gopher's rules 300 documents/s, C4's 4,000. Rules of one group are measured only if one of the group is on.
 """
 
 from __future__ import annotations
@@ -64,12 +65,27 @@ def _code_points(ranges: str) -> frozenset[str]:
 
 SENTENCE_TERMINAL = _code_points(_SENTENCE_TERMINAL_RANGES)
 
-# A word: a contraction's second half; a number or abbreviation with inner marks; letters and digits (the first half
-# of "don't" ends before the n); dots in a row; any other single sign.
+# A word, as spaCy's English tokenizer parts it. Marks between blanks stand alone at a word's edges, and inside it they
+# part it only where spaCy's infix rules say so (a hyphen between letters, a slash before a letter, ...).
 _WORD = re.compile(
-    r"n['’]t\b|['’](?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|(?:[^\W\d_]\.){2,}|\w+?(?=n['’]t\b)|\w+|\.{2,}|[^\w\s]"
+    r"""
+    n['’]t\b | ['’](?:s|m|d|re|ve|ll)\b  # a contraction's second half
+  | https?://\S*[\w/]
+  | (?:Mrs?|Ms|Dr|St|Jr|Sr|Prof|Co|Corp|Inc|Ltd|Gov|Sen|Rep|Gen|Mt|vs|[^\W\d_](?:\.[^\W\d_])*)\.(?!\w)
+  | \d+(?:[.,]\d+)*(?=(?:[kdcmµn]?m|ha|yd|in|ft|[km]?g|t|lb|oz|mph|[kKmMgGtT][bB]|[TGMK])\b)
+  | \w+?(?=n['’]t\b) | can(?=not\b)
+  | (?:(?<!\S)[/@\\~])?\w+
+    (?: (?: [@&(){}\[\]$%\#;!?\\|`^~\"“”]+ | :: | (?<![a-z])\.(?=\w) | \.(?![A-Z])
+          | ['’](?!(?:s|m|d|re|ve|ll)\b)
+          | (?<=\d)[,:=<>/](?=\d) | [,:=<>/+](?=\d)
+          | (?<=[^\W\d_])-(?=\d) | [–—](?=\d)
+        ) \w+ )*
+  | \.{2,} | -{2,} | /{2,} | [^\w\s]
+""",
+    re.VERBOSE,
 )
-_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
+# The look-behind keeps a long row of dots from being tried from each of its dots.
+_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?=\s|$)")
 _PARAGRAPH_BREAK = re.compile(r"\n{2,}")
 _LINE_BREAK = re.compile(r"\n+")
 
