@@ -23,11 +23,12 @@ _SLICE = 64 << 10
 
 
 class BodyError(ValueError):
-    """`reason` is `bad_encoding`, `truncated` or `too_large`."""
+    """`reason` is `bad_encoding`, `truncated` or `too_large`; `partial`: what was decoded before it was found."""
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, partial: bytes = b"") -> None:
         super().__init__(message)
         self.reason = reason
+        self.partial = partial
 
 
 def content_codings(header_values: list[str]) -> list[str]:
@@ -52,12 +53,12 @@ def decode_body(body: bytes, codings: list[str], max_bytes: int) -> bytes:
         else:
             raise BodyError("bad_encoding", f"content coding {coding[:40]!r} is not known")
     if len(body) > max_bytes:
-        raise _too_large(max_bytes)
+        raise _too_large(max_bytes, body)
     return body
 
 
-def _too_large(max_bytes: int) -> BodyError:
-    return BodyError("too_large", f"more than {max_bytes} bytes once decoded")
+def _too_large(max_bytes: int, partial: bytes | bytearray) -> BodyError:
+    return BodyError("too_large", f"more than {max_bytes} bytes once decoded", bytes(partial))
 
 
 def _zlib(decompressor: zlib._Decompress, body: memoryview, out: bytearray, max_bytes: int) -> int:
@@ -70,10 +71,10 @@ def _zlib(decompressor: zlib._Decompress, body: memoryview, out: bytearray, max_
         while data and not decompressor.eof:
             out += decompressor.decompress(data, max_bytes + 1 - len(out))
             if len(out) > max_bytes:
-                raise _too_large(max_bytes)
+                raise _too_large(max_bytes, out)
             data = decompressor.unconsumed_tail
     if not decompressor.eof:
-        raise BodyError("truncated", "the compressed body ends in the middle")
+        raise BodyError("truncated", "the compressed body ends in the middle", bytes(out))
     return at - len(decompressor.unused_data)
 
 
@@ -108,11 +109,11 @@ def _unbrotli(body: bytes, max_bytes: int) -> bytes:
         while True:
             out += decompressor.process(data, output_buffer_limit=max(1, max_bytes + 1 - len(out)))
             if len(out) > max_bytes:
-                raise _too_large(max_bytes)
+                raise _too_large(max_bytes, out)
             if decompressor.is_finished():
                 return bytes(out)
             if decompressor.can_accept_more_data():
-                raise BodyError("truncated", "the compressed body ends in the middle")
+                raise BodyError("truncated", "the compressed body ends in the middle", bytes(out))
             data = b""
     except brotli.error as e:
         raise BodyError("bad_encoding", f"br: {e}") from e
@@ -126,7 +127,7 @@ def _unzstd(body: bytes, max_bytes: int) -> bytes:
             while block := reader.read(min(_SLICE * 16, max_bytes + 1 - len(out))):
                 out += block
                 if len(out) > max_bytes:
-                    raise _too_large(max_bytes)
+                    raise _too_large(max_bytes, out)
     except zstandard.ZstdError as e:
         raise BodyError("bad_encoding", f"zstd: {e}") from e
     return bytes(out)

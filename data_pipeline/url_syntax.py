@@ -123,6 +123,13 @@ def origin_of(url: str) -> str:
     return f"{scheme}://{authority}"
 
 
+def port_of(url: str) -> int:
+    """The port of a URL in normal form."""
+    scheme, authority, _, _ = _split_normal(url)
+    port = authority.rpartition("]")[2].rpartition(":")[2] if ":" in authority.rpartition("]")[2] else ""
+    return int(port) if port else DEFAULT_PORTS[scheme]
+
+
 def path_and_query(url: str) -> str:
     """What stands on the request line for a URL in normal form; robots.txt rules are matched against it."""
     return url[len(origin_of(url)) :] or "/"

@@ -133,6 +133,10 @@ class WarcWriter:
         with storage_errors(self.path):
             os.fsync(self._file)
 
+    def duplicate(self) -> int:
+        """Another descriptor of the file, for a sync that this writer's closing must not disturb."""
+        return os.dup(self._file)
+
     def close(self) -> None:
         if self._file >= 0:
             os.close(self._file)
@@ -140,9 +144,13 @@ class WarcWriter:
 
 
 def archived_headers(exchange: Exchange) -> Headers:
-    """The response's headers, those of its coding renamed, and the length of the body as it is stored."""
+    """The response's headers; if its coding was undone, those that spoke of it renamed and the new length added."""
+    length = str(len(exchange.body))
+    told = {name.lower(): value for name, value in exchange.headers}
+    if told.get("content-length") == length and not told.keys() & {"content-encoding", "transfer-encoding"}:
+        return exchange.headers
     kept = [(_RENAMED.get(name.lower(), name), value) for name, value in exchange.headers]
-    return [*kept, ("Content-Length", str(len(exchange.body)))]
+    return [*kept, ("Content-Length", length)]
 
 
 def _header_block(start: str, headers: Headers) -> bytes:

@@ -1,0 +1,216 @@
+"""What the fetch of one shard has decided so far, on disk so that `kill -9` at any moment loses nothing that was done.
+
+    response → WARC record → journal line         (one write each; the line holds where the record ends)
+    now and then: sync the WARC, write a mark into the journal, sync the journal
+
+After a crash a torn last line is cut, lines whose WARC record is not whole are taken back (only lines behind the last
+mark can be that, and only after the machine itself went down), and the WARC is cut where the last good record ends.
+What is journaled is never fetched again; what was under way is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.records import KEPT
+from data_pipeline.store import storage_errors, write_atomic
+from data_pipeline.warc import Exchange, WarcError, WarcWriter, read_response
+
+log = logging.getLogger(__name__)
+
+
+def warc_path(corpus: Path, number: int, part: int) -> Path:
+    return corpus / warc_name(number, part)
+
+
+def warc_name(number: int, part: int) -> str:
+    """Relative to the corpus folder."""
+    return f"warc/{number:05d}-{part:03d}.warc.gz"
+
+
+def journal_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.journal.jsonl"
+
+
+def audit_path(folder: Path, number: int) -> Path:
+    """One line for each request: when, to what, how long it waited, and which rule let it through."""
+    return folder / f"{number:05d}.audit.jsonl"
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The decisions in the order they were made; a torn last line does not count. Empty when there is no journal."""
+    return [line for line in _lines(path)[0] if "mark" not in line]
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(whole lines, the byte at which the last of them ends)."""
+    if not path.exists():
+        return [], 0
+    lines: list[dict[str, Any]] = []
+    end = 0
+    with open(path, "rb") as f:
+        for raw in f:
+            try:
+                line = json.loads(raw) if raw.endswith(b"\n") else None
+            except ValueError:
+                line = None
+            if not isinstance(line, dict):
+                break  # what stands behind a torn line was never synced, so it is not relied on
+            lines.append(line)
+            end += len(raw)
+    return lines, end
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+
+
+class AppendOnly:
+    """A file of JSON lines, each in one write, so that a killed process tears at most the last one."""
+
+    def __init__(self, path: Path, keep_bytes: int) -> None:
+        self.path = path
+        with storage_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_APPEND, 0o644)
+            os.ftruncate(self._file, keep_bytes)
+
+    def write(self, line: dict[str, Any]) -> None:
+        data = _encoded(line)
+        with storage_errors(self.path):
+            written = os.write(self._file, data)
+            if written != len(data):  # no room: the torn line is cut at the next start
+                os.write(self._file, data[written:])
+
+    def duplicate(self) -> int:
+        return os.dup(self._file)
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+class ShardLog:
+    """Journal, WARC files and audit log of one shard, opened where an earlier process left them."""
+
+    def __init__(self, folder: Path, number: int, corpus: Path, max_warc_bytes: int) -> None:
+        self.folder, self.number, self.corpus, self.max_warc_bytes = folder, number, corpus, max_warc_bytes
+        path = journal_path(folder, number)
+        lines, end = _lines(path)
+        good = self._whole(lines)
+        lost = sum("mark" not in line for line in lines) - sum("mark" not in line for line in good)
+        if lost:
+            log.warning("%s: %d pages are not whole in their WARC file and are fetched again", path, lost)
+            good = [line for line in good if "mark" not in line]
+            with write_atomic(path) as temporary:
+                temporary.write_bytes(b"".join(_encoded(line) for line in [*good, {"mark": len(good)}]))
+            end = path.stat().st_size
+        self.done = {line["index"] for line in good if "mark" not in line}
+        kept = [line for line in good if line.get("state") == KEPT]
+        self.part: int = kept[-1]["part"] if kept else 0
+        self._offset: int = kept[-1]["end"] if kept else 0
+        self._remove_later_parts()
+        self._journal = AppendOnly(path, end)
+        audit = audit_path(folder, number)
+        self.audit = AppendOnly(audit, _lines(audit)[1])
+        self._writer: WarcWriter | None = None
+        self._dirty = self.closed = False
+
+    def _whole(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The lines that hold: a WARC record missing at one place takes all kept lines after it back."""
+        marked = max((line["mark"] for line in lines if "mark" in line), default=0)  # so many decisions are safe
+        good: list[dict[str, Any]] = []
+        sizes: dict[int, int] = {}
+        decisions = 0
+        torn = False
+        for line in lines:
+            decisions += "mark" not in line
+            if line.get("state") == KEPT:
+                part = line["part"]
+                if part not in sizes:
+                    file = warc_path(self.corpus, self.number, part)
+                    sizes[part] = file.stat().st_size if file.exists() else -1
+                torn = torn or line["end"] > sizes[part] or (decisions > marked and not self._readable(line))
+                if torn:
+                    continue
+            good.append(line)
+        return good
+
+    def _readable(self, line: dict[str, Any]) -> bool:
+        file = warc_path(self.corpus, self.number, line["part"])
+        try:
+            body = read_response(file, line["offset"], max_bytes=1 << 30).body
+        except (WarcError, OSError):
+            return False
+        return hashlib.sha256(body).hexdigest() == line["digest"]
+
+    def _remove_later_parts(self) -> None:
+        """WARC files that no line of the journal speaks of."""
+        for file in sorted((self.corpus / "warc").glob(f"{self.number:05d}-*.warc.gz")):
+            if int(file.name[6:-8]) > self.part:
+                file.unlink()
+
+    def add(self, line: dict[str, Any], exchange: Exchange | None = None) -> None:
+        """Journal one decision, its page first. A kept line is given `part`, `offset`, `end` and `digest`."""
+        if exchange is not None:
+            digest = hashlib.sha256(exchange.body)
+            offset, end = self._warc().write(exchange, digest.digest())
+            line = {**line, "part": self.part, "offset": offset, "end": end, "digest": digest.hexdigest()}
+        assert line["index"] not in self.done, f"URL {line['index']} was decided twice"
+        self._journal.write(line)
+        self.done.add(line["index"])
+        self._dirty = True
+
+    def _warc(self) -> WarcWriter:
+        if self._writer is not None and self._writer.offset >= self.max_warc_bytes:
+            self._writer.sync()
+            self._writer.close()
+            self._writer = None
+            self.part, self._offset = self.part + 1, 0
+        if self._writer is None:
+            self._writer = WarcWriter(warc_path(self.corpus, self.number, self.part), self._offset)
+        return self._writer
+
+    async def sync(self) -> None:
+        """Make everything so far survive a power cut, while the event loop goes on."""
+        if not self._dirty:
+            return
+        decisions, files = self._begin_sync()
+        await asyncio.get_running_loop().run_in_executor(None, _sync_and_close, files, self.folder)
+        if not self.closed:
+            self._journal.write({"mark": decisions})
+
+    def _begin_sync(self) -> tuple[int, list[int]]:
+        """(decisions so far, descriptors of what holds them: pages first, then the lines that speak of them)."""
+        self._dirty = False
+        files = [self._journal.duplicate(), self.audit.duplicate()]
+        return len(self.done), [self._writer.duplicate(), *files] if self._writer is not None else files
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        if self._dirty:
+            decisions, files = self._begin_sync()
+            _sync_and_close(files, self.folder)
+            self._journal.write({"mark": decisions})
+        self.closed = True
+        for file in (self._writer, self._journal, self.audit):
+            if file is not None:
+                file.close()
+
+
+def _sync_and_close(files: list[int], folder: Path) -> None:
+    try:
+        with storage_errors(folder):
+            for file in files:
+                os.fsync(file)
+    finally:
+        for file in files:
+            os.close(file)
