@@ -49,27 +49,48 @@ def tick(rows: int) -> None:
         _ticks.send_bytes(b"%d" % rows)  # one write of less than PIPE_BUF bytes: atomic, and no lock to die with
 
 
-def run_tasks(
-    tasks: Sequence[Task],
-    workers: int,
-    *,
-    on_done: Callable[[Task, dict[str, Any]], None],
-    on_rows: Callable[[int], None] = lambda rows: None,
-) -> None:
-    """Run all tasks; `on_done` and `on_rows` are called in this process. An exception of a task is raised here."""
-    if not tasks:
-        return
-    context = multiprocessing.get_context("forkserver")
-    receiver, sender = context.Pipe(duplex=False)
-    drain = threading.Thread(target=_drain, args=(receiver, on_rows), daemon=True)
-    drain.start()
-    pool = ProcessPool(
-        max_workers=min(workers, len(tasks)), context=context, initializer=_start_worker, initargs=(sender,)
-    )
-    try:
-        running: dict[Future[dict[str, Any]], tuple[Task, int]] = {
-            pool.schedule(t.function, args=list(t.arguments)): (t, 1) for t in tasks
-        }
+class LocalExecutor:
+    """A pool of `workers` processes that lives for a whole run, so that libraries are imported once a worker.
+
+    with LocalExecutor(workers=2) as executor:
+        executor.run(tasks, on_done=…)
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._on_rows: Callable[[int], None] = lambda rows: None
+        context = multiprocessing.get_context("forkserver")
+        self._receiver, self._sender = context.Pipe(duplex=False)
+        self._drain = threading.Thread(target=self._hear_ticks, daemon=True)
+        self._drain.start()
+        self._pool = ProcessPool(
+            max_workers=workers, context=context, initializer=_start_worker, initargs=(self._sender,)
+        )
+
+    def __enter__(self) -> LocalExecutor:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._pool.close()
+        else:
+            self._pool.stop()
+        self._pool.join()
+        self._sender.send_bytes(_END)
+        self._drain.join()
+        self._sender.close()
+        self._receiver.close()
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        on_done: Callable[[Task, dict[str, Any]], None],
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        """Run all tasks; `on_done` and `on_rows` are called in this process. A task's exception is raised here."""
+        self._on_rows = on_rows
+        running: dict[Future[dict[str, Any]], tuple[Task, int]] = {self._schedule(t): (t, 1) for t in tasks}
         while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
@@ -81,24 +102,16 @@ def run_tasks(
                         raise PipelineError(
                             f"{task.label}: its worker died {TRIES} times ({e}); give fewer workers if memory is short"
                         ) from e
-                    running[pool.schedule(task.function, args=list(task.arguments))] = (task, tries + 1)
+                    running[self._schedule(task)] = (task, tries + 1)
                 else:
                     on_done(task, result)
-        pool.close()
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
-        pool.join()
-        sender.send_bytes(_END)
-        drain.join()
-        sender.close()
-        receiver.close()
 
+    def _schedule(self, task: Task) -> Future[dict[str, Any]]:
+        return self._pool.schedule(task.function, args=list(task.arguments))  # type: ignore[no-any-return]
 
-def _drain(receiver: Connection, on_rows: Callable[[int], None]) -> None:
-    while (message := receiver.recv_bytes()) != _END:
-        on_rows(int(message))
+    def _hear_ticks(self) -> None:
+        while (message := self._receiver.recv_bytes()) != _END:
+            self._on_rows(int(message))
 
 
 def _start_worker(sender: Connection) -> None:

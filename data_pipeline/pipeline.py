@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline import card, ledger, report, tasks, texts, tokenizer, urls
 from data_pipeline.config import STAGES, CorpusConfig, Source, check
-from data_pipeline.executors import Task, cores, run_tasks
+from data_pipeline.executors import LocalExecutor, Task, cores
 from data_pipeline.fetch import FetchShard
 from data_pipeline.layout import Corpus
 from data_pipeline.pack import write_token_shards
@@ -69,18 +69,19 @@ def build_corpus(config: CorpusConfig) -> int:
         remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
             OmegaConf.save(OmegaConf.structured(config), temporary)
-        Run(config).run()
+        with LocalExecutor(config.workers or cores()) as executor:
+            Run(config, executor).run()
     return 0
 
 
 class Run:
     """One run over one corpus folder, under its lock."""
 
-    def __init__(self, config: CorpusConfig) -> None:
+    def __init__(self, config: CorpusConfig, executor: LocalExecutor) -> None:
         self.config = config
+        self.executor = executor
         self.out = Path(config.out)
         self.corpus = Corpus(self.out)
-        self.workers = config.workers or cores()
         self.reporter = Reporter(bars=config.progress)
         self.hashes = Hashes()
         self.shards = 0
@@ -142,12 +143,12 @@ class Run:
         due = [s for s, step in zip(shards, steps, strict=True) if why_not_done(step, self.hashes) is not None]
         if due:
             folder.mkdir(parents=True, exist_ok=True)
-            processes = min(self.config.fetch.processes, len(due))
+            processes = min(self.config.fetch.processes, self.executor.workers, len(due))
             groups = [due[i::processes] for i in range(processes)]
             work = [Task("fetch", tasks.fetch_group, (g, self.config.fetch, self.out)) for g in groups]
             total = sum(_rows(corpus.table("urls", s.number)) for s in due)
             with self.reporter.stage("fetch", total) as counter:
-                run_tasks(work, processes, on_done=lambda task, result: None, on_rows=counter.advance)
+                self.executor.run(work, on_done=lambda task, result: None, on_rows=counter.advance)
                 if counter.done:
                     self.reporter.say(f"fetch: {counter.done:,} URLs, {counter.rate:,.0f}/s")
         by_name = {step.name: shard for shard, step in zip(shards, steps, strict=True)}
@@ -354,7 +355,7 @@ class Run:
             stages.append(stage)
         results: dict[str, Mapping[str, Any]] = {}
         work = [Task(f"ledger {k:05d}", tasks.write_ledger, (self.out, k, stages)) for k in range(self.shards)]
-        run_tasks(work, self.workers, on_done=lambda task, result: results.__setitem__(task.label, result))
+        self.executor.run(work, on_done=lambda task, result: results.__setitem__(task.label, result))
         prune(self.corpus.folder("ledger"), [self.corpus.ledger(k) for k in range(self.shards)])
         summary: dict[str, Any] = ledger.funnel([results[task.label] for task in work], stages)
         finished = stages[-1] == "decontaminate" and all(
@@ -462,7 +463,7 @@ class Run:
             def on_done(task: Task, counts: dict[str, Any]) -> None:
                 mark_done(by_label[task.label], counts, self.hashes)
 
-            run_tasks(list(work.values()), self.workers, on_done=on_done, on_rows=counter.advance)
+            self.executor.run(list(work.values()), on_done=on_done, on_rows=counter.advance)
             if counter.done and not quiet:
                 self.reporter.say(f"{name}: {counter.done:,} rows, {counter.rate:,.0f}/s")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.executors import TRIES, Task, run_tasks, tick
+from data_pipeline.executors import TRIES, LocalExecutor, Task, tick
 from data_pipeline.records import InputError, PipelineError
 
 
@@ -42,7 +42,8 @@ def test_every_task_once_and_every_row_counted(workers: int) -> None:
     results: list[dict[str, Any]] = []
     rows: list[int] = []
     tasks = [Task(f"t{n}", square, (n,)) for n in range(10)]
-    run_tasks(tasks, workers, on_done=lambda task, result: results.append(result), on_rows=rows.append)
+    with LocalExecutor(workers) as executor:
+        executor.run(tasks, on_done=lambda task, result: results.append(result), on_rows=rows.append)
     assert sorted(r["square"] for r in results) == [n * n for n in range(10)]
     assert sum(rows) == sum(range(10))
     assert os.getpid() not in {r["pid"] for r in results}
@@ -51,27 +52,29 @@ def test_every_task_once_and_every_row_counted(workers: int) -> None:
 def test_a_killed_worker_costs_one_task_one_try(tmp_path: Path) -> None:
     results: dict[str, dict[str, Any]] = {}
     tasks = [Task("dies", die_once, (str(tmp_path / "died"),)), *(Task(f"t{n}", square, (n,)) for n in range(4))]
-    run_tasks(tasks, 2, on_done=lambda task, result: results.__setitem__(task.label, result))
+    with LocalExecutor(2) as executor:
+        executor.run(tasks, on_done=lambda task, result: results.__setitem__(task.label, result))
     assert results["dies"] == {"survived": True}
     assert len(results) == 5
 
 
 def test_a_task_that_always_dies_is_named() -> None:
-    with pytest.raises(PipelineError, match=f"bad: its worker died {TRIES} times"):
-        run_tasks([Task("bad", always_die)], 1, on_done=lambda task, result: None)
+    with pytest.raises(PipelineError, match=f"bad: its worker died {TRIES} times"), LocalExecutor(1) as executor:
+        executor.run([Task("bad", always_die)], on_done=lambda task, result: None)
 
 
 def test_an_error_of_a_task_reaches_the_caller_as_it_is() -> None:
-    with pytest.raises(InputError, match="there is no such file"):
-        run_tasks([Task("bad", refuse)], 1, on_done=lambda task, result: None)
+    with pytest.raises(InputError, match="there is no such file"), LocalExecutor(1) as executor:
+        executor.run([Task("bad", refuse)], on_done=lambda task, result: None)
 
 
 PARENT = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from data_pipeline.executors import Task, run_tasks
+from data_pipeline.executors import LocalExecutor, Task
 from test_executors import write_pid_and_sleep
-run_tasks([Task(str(n), write_pid_and_sleep, (sys.argv[1], n)) for n in range(2)], 2, on_done=lambda t, r: None)
+with LocalExecutor(2) as executor:
+    executor.run([Task(str(n), write_pid_and_sleep, (sys.argv[1], n)) for n in range(2)], on_done=lambda t, r: None)
 """
 
 
