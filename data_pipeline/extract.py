@@ -6,7 +6,7 @@ every page. What happens to a page's bytes is told in `html_text.py`; this room 
     Extractor          owns one child, `python -m data_pipeline.extract`, and talks to it over two pipes
     ├── slow page      the kernel ends the child at `timeout_s` of processor time, the parent at twice that on the clock
     ├── memory         an address-space limit; running into it ends the child
-    ├── crash          the child is replaced, and the page gets one more try in a fresh process, so that a child that
+    ├── crash, error   the child is replaced, and the page gets one more try in a fresh process, so that a child that
     │                  was killed from outside, or was worn by earlier pages, changes no page's outcome
     ├── growth         the child is replaced after `PAGES_PER_PROCESS` pages
     └── parent dies    the child dies with it
@@ -132,7 +132,13 @@ class Extractor:
                     continue
                 detail = f"more than {self.config.max_memory_mb} MiB (extract.max_memory_mb)"
                 return Rejected(FAILED, "extract_memory", detail, numbers)
-            return Extracted(**answer["extracted"]) if "extracted" in answer else Rejected(**answer["rejected"])
+            if "extracted" in answer:
+                return Extracted(**answer["extracted"])
+            outcome = Rejected(**answer["rejected"])
+            if outcome.reason == "extract_error" and not fresh:  # it may be the process's fault, not the page's
+                self.close()
+                continue
+            return outcome
 
     def close(self) -> None:
         """End the child, if there is one; the next page starts another."""

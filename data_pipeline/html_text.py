@@ -111,6 +111,9 @@ def page_text(body: bytes, url: str, content_type: str, fetched_at: str, config:
         body: the payload, Content-Encoding undone.
         content_type: the header's value, or "".
         fetched_at: RFC 3339 time or date of the fetch, or ""; dates later than that day are not believed.
+
+    Raises:
+        MemoryError: the process is at its limit, and its state not to be trusted any more.
     """
     numbers: dict[str, float | int | str] = {"html_bytes": len(body)}
     if len(body) > config.max_html_bytes:
@@ -125,7 +128,7 @@ def page_text(body: bytes, url: str, content_type: str, fetched_at: str, config:
     numbers["charset"] = charset
 
     from resiliparse.extract.html2text import extract_plain_text
-    from resiliparse.parse.html import HTMLTree
+    from resiliparse.parse.html import HTMLParserException, HTMLTree
 
     try:
         tree = HTMLTree.parse(html)
@@ -140,6 +143,8 @@ def page_text(body: bytes, url: str, content_type: str, fetched_at: str, config:
         found = _trafilatura(html, url, fetched_at, config, numbers)
     except MemoryError:
         raise
+    except HTMLParserException as e:
+        raise MemoryError from e  # every string is HTML: its parser fails for want of memory alone
     except Exception as e:
         # Only the type's name: messages may hold addresses of objects, and the ledger's bytes must not vary.
         return Rejected(FAILED, "extract_error", type(e).__name__, numbers)

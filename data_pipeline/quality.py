@@ -11,11 +11,12 @@ too, so that other bounds can be tried on the verdicts alone; and the texts that
 Where a paper leaves the counting open, it is done as in datatrove 0.10, FineWeb's code: a punctuation mark is a word of
 its own, except where words are counted and their mean length is taken; a top n-gram counts even if it occurs once;
 duplicate n-grams are counted from left to right, without overlap; ratios of repetition are of all characters. Words and
-sentences are told by regular expressions instead of spaCy, six times as fast over all rules; of 1,028 pages' texts
-99 % got the same verdict. The order is FineWeb's: repetition,
-Gopher's quality, C4 (which takes lines away), and FineWeb's own rules on what is left.
+sentences are told by regular expressions instead of spaCy, six times as fast over all rules; of the texts of 1,028
+pages 99 % got the same verdict. The order is FineWeb's: repetition, Gopher's quality, C4 (which takes lines away), and
+FineWeb's own rules on what is left.
 
-Cost: for texts of 9,000 characters, Gopher's rules 300 documents/s, C4's 4,000. Rules of one group are measured only if one of the group is on.
+Cost, for texts of 9,000 characters: Gopher's rules 300 documents/s, C4's 4,000. A group of rules is measured only if
+one of them is on.
 """
 
 from __future__ import annotations

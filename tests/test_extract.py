@@ -1,0 +1,418 @@
+"""Extraction against hand-made gold texts, against bytes that are no text, and against pages that try to break it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from data_pipeline.config import ExtractConfig
+from data_pipeline.extract import Extractor, ExtractorError, extract_shard, text_digest
+from data_pipeline.html_text import Extracted, Rejected, clean_text, decode, meta_robots, page_text
+from data_pipeline.records import DOCUMENT_SCHEMA, DROPPED, FAILED, PAGE_SCHEMA, VERDICT_SCHEMA
+
+SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+needs_pages = pytest.mark.skipif(not (SHARED / "pages").is_dir(), reason="needs the benchmark's pages")
+
+SENTENCE = (
+    "The committee met on the second floor of the old town hall, and nobody could agree on the color of the door. "
+)
+ARTICLE = (
+    f"<html><head><title>Doors</title></head><body><article><p>{SENTENCE * 6}</p></article></body></html>".encode()
+)
+URL = "https://example.org/doors"
+
+
+def one_page(body: bytes, content_type: str = "text/html", **settings: object) -> Extracted | Rejected:
+    return page_text(body, URL, content_type, "2026-11-01T00:00:00Z", ExtractConfig(**settings))
+
+
+# --- Accuracy -------------------------------------------------------------------------------------------------------
+
+
+def word_f1(found: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over the multisets of lower-cased words."""
+    a, b = (Counter(re.findall(r"\w+", text.lower())) for text in (found, gold))
+    common = (a & b).total()
+    return 2 * common / (a.total() + b.total()) if common else float(not a and not b)
+
+
+@needs_pages
+def test_word_f1_against_gold_texts() -> None:
+    gold = {p.stem: json.loads(p.read_text()) for p in sorted((SHARED / "pages" / "gold").iterdir())}
+    articles = [name for name, g in gold.items() if g["page_type"] == "article" and g["main_content"]][::8]
+    scores = []
+    for name in articles:
+        body = (SHARED / "pages" / "html" / f"{name}.html").read_bytes()
+        outcome = one_page(body, respect_noai=False, min_characters=0)
+        scores.append(word_f1(outcome.text if isinstance(outcome, Extracted) else "", gold[name]["main_content"]))
+    assert len(scores) > 50
+    assert sum(scores) / len(scores) > 0.90
+
+
+def test_title_author_and_date_and_none_later_than_the_fetch() -> None:
+    head = (
+        '<head><title>Doors</title><meta name="author" content="Ada  Byron">'
+        '<meta property="article:published_time" content="2026-10-05T10:00:00Z"></head>'
+    )
+    body = f"<html>{head}<body><article><h1>Doors</h1><p>{SENTENCE * 6}</p></article></body></html>".encode()
+    seen = one_page(body)
+    assert isinstance(seen, Extracted)
+    assert (seen.title, seen.author, seen.date) == ("Doors", "Ada Byron", "2026-10-05")
+    before = page_text(body, URL, "text/html", "2026-09-15T00:00:00Z", ExtractConfig())
+    assert isinstance(before, Extracted)
+    assert before.date == ""  # a page cannot have been published after it was fetched
+    assert before.text == seen.text
+    without = one_page(body, metadata=False)
+    assert isinstance(without, Extracted)
+    assert (without.title, without.author, without.date, without.text) == ("", "", "", seen.text)
+
+
+def test_comments_and_tables() -> None:
+    table = "<table><tr><th>Door</th><td>Vermilion</td></tr><tr><th>Window</th><td>Ultramarine</td></tr></table>"
+    comments = f'<div id="comments" class="comments"><p>Firstposter was here. {SENTENCE}</p></div>'
+    body = ARTICLE.replace(b"</article>", f"{table}</article>{comments}".encode())
+    with_tables, without = one_page(body), one_page(body, tables=False)
+    assert isinstance(with_tables, Extracted)
+    assert isinstance(without, Extracted)
+    assert "Ultramarine" in with_tables.text
+    assert "Ultramarine" not in without.text
+    assert "Firstposter" not in with_tables.text
+
+
+# --- Bytes ----------------------------------------------------------------------------------------------------------
+
+WORDS = "Пожалуйста, закройте за собой дверь. " * 8
+GERMAN = "Über den Dächern hört man süße Töne und große Glocken. " * 8
+JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。" * 8
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "content_type", "meta", "expected"),
+    [
+        (WORDS, "utf-8", "text/html; charset=utf-8", "", "utf-8"),
+        (WORDS, "utf-8", "text/html; charset=iso-8859-1", "", "utf-8"),  # wrong header, valid UTF-8
+        (WORDS, "windows-1251", 'text/html; charset="windows-1251"', "", "cp1251"),
+        (WORDS, "koi8-r", "text/html", '<meta charset="koi8-r">', "koi8-r"),
+        (WORDS, "windows-1251", "text/html", "", None),  # detected
+        (WORDS, "windows-1251", "text/html; charset=utf-8", "", None),  # a header that cannot be true
+        (GERMAN, "iso-8859-1", "text/html; charset=ISO-8859-1", "", "cp1252"),
+        (GERMAN, "cp1252", "text/html", "", None),
+        (
+            JAPANESE,
+            "shift_jis",
+            "text/html",
+            '<meta http-equiv="Content-Type" content="text/html; charset=Shift_JIS">',
+            "cp932",
+        ),
+        (JAPANESE, "euc-jp", "text/html; charset=euc-jp", "", "euc_jp"),
+        (JAPANESE, "iso-2022-jp", "text/html; charset=iso-2022-jp", "", "iso2022_jp"),
+        (JAPANESE, "utf-16", "text/html", "", "utf-16-le"),  # with a mark
+        (GERMAN, "utf-16-le", "text/html", "", "utf-16-le"),  # without one
+        (GERMAN, "utf-16-be", "text/html; charset=utf-8", "", "utf-16-be"),
+        ("你好世界，今天天气很好。" * 20, "gb18030", "text/html; charset=gb2312", "", "gb18030"),
+    ],
+)
+def test_charsets(text: str, encoding: str, content_type: str, meta: str, expected: str | None) -> None:
+    page = f"<html><head>{meta}<title>x</title></head><body><article><p>{text}</p></article></body></html>"
+    decoded, name = decode(page.encode(encoding), content_type)
+    assert decoded == page
+    if expected is not None:
+        assert name == expected
+    outcome = one_page(page.encode(encoding), content_type)
+    assert isinstance(outcome, Extracted)
+    assert text.strip() in outcome.text
+
+
+def test_a_few_broken_bytes_do_not_change_the_charset() -> None:
+    page = f"<html><body><p>{WORDS}</p></body></html>".encode()
+    decoded, name = decode(page[:200] + b"\xff" + page[200:], "text/html; charset=utf-8")
+    assert name == "utf-8"
+    assert decoded.count("\ufffd") <= 3
+    assert WORDS[-100:] in decoded
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "reason"),
+    [
+        (gzip.compress(ARTICLE), "text/html", "not_text"),
+        (b"%PDF-1.7\n" + ARTICLE, "text/html", "not_text"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(500), "text/html", "not_text"),
+        (random.Random(0).randbytes(20_000), "text/html", "not_text"),
+        (ARTICLE.replace(b"o", b"\0"), "text/html", "not_text"),
+        (SENTENCE.encode() * 6, "text/plain; charset=utf-8", "not_html"),
+        (b'{"a": 1}' * 100, "application/json", "not_html"),
+        (b"", "text/html", "no_text"),
+        (b"<html><body><p>Too short.</p></body></html>", "text/html", "no_text"),
+        (f"<html><body><p>{'Caf' + chr(0xFFFD) + ' '}{SENTENCE}".encode() + "\ufffd".encode() * 60, "", "bad_charset"),
+        (ARTICLE.replace(b"<head>", b"<head><meta name=ROBOTS content='follow, NoIndex'>"), "text/html", "noindex"),
+        (b"<html>" + b" " * 3_000_000, "text/html", "html_too_large"),
+    ],
+)
+def test_typed_rejections(body: bytes, content_type: str, reason: str) -> None:
+    outcome = one_page(body, content_type)
+    assert isinstance(outcome, Rejected)
+    assert (outcome.state, outcome.reason) == (DROPPED, reason)
+    assert outcome.numbers["html_bytes"] == len(body)
+
+
+def test_html_under_another_name_is_still_html() -> None:
+    assert isinstance(one_page(b"<!DOCTYPE html>" + ARTICLE, "text/plain"), Extracted)
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["&#xD800;&#55296;", "\x00", "+ADw-script+AD4-", "\ufeff\ufffe", "a\u0308o\u0308", "Build\u00ading"],
+    ids=["surrogate entities", "NUL", "UTF-7", "marks", "decomposed", "soft hyphen"],
+)
+def test_text_is_always_clean_utf8(head: str) -> None:
+    body = f"<html><body><article><p>{head} {SENTENCE * 6}</p></article></body></html>".encode()
+    outcome = one_page(body, "text/html; charset=utf-8")
+    assert isinstance(outcome, Extracted)
+    assert outcome.text.encode().decode() == outcome.text
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\ufeff\ufffe]", outcome.text)
+    assert "a\u0308" not in outcome.text  # NFC
+    assert SENTENCE.strip() in outcome.text
+
+
+def test_clean_text_leaves_what_carries_meaning() -> None:
+    assert clean_text("a\r\nb \t\n½² 👩\u200d🔬 e\u0301\u00ad\ud800") == "a\nb\n½² 👩\u200d🔬 é"
+
+
+@pytest.mark.parametrize(
+    ("html", "directive"),
+    [
+        ('<meta name="robots" content="noindex">', "noindex"),
+        ('<META NAME="Robots" CONTENT="NOARCHIVE,NOAI, noimageai">', "noai"),
+        ("<meta name=robots content='none'>", "none"),
+        ('<meta name="robots" content="index, follow, max-snippet:-1, nofollow">', None),
+        ('<meta name="description" content="noindex">', None),
+        ('<!-- <meta name="robots" content="noindex"> -->', None),
+        ('<script>"<meta name=robots content=noindex>"</script>', None),
+    ],
+)
+def test_meta_robots(html: str, directive: str | None) -> None:
+    page = f"<html><head>{html}</head><body>{SENTENCE}</body></html>"
+    assert meta_robots(page) == directive
+    outcome = one_page(ARTICLE.replace(b"<head>", b"<head>" + html.encode()))
+    assert isinstance(outcome, Rejected if directive else Extracted)
+    assert isinstance(one_page(ARTICLE.replace(b"<head>", b"<head>" + html.encode()), respect_noai=False), Extracted)
+
+
+# --- The process that can be killed ---------------------------------------------------------------------------------
+
+PATHOLOGICAL = {
+    "nested divs": b"<html><body>" + b"<div>" * 200_000 + SENTENCE.encode(),
+    "attributes": b"<html><body><p " + b" ".join(b"a%d=1" % i for i in range(50_000)) + b">" + SENTENCE.encode() * 6,
+    "br": b"<html><body>" + b"x<br>" * 390_000,
+    "p": b"<html><body>" + b"<p>A paragraph." * 100_000,
+    "links": b"<html><body><ul>" + b"<li><a href=x>y" * 120_000,
+    "tables": b"<html><body>" + b"<table><tr><td>" * 50_000 + SENTENCE.encode(),
+    "colspan": b"<html><body><table><tr><td colspan=9007199254740992>" + SENTENCE.encode() * 3 + b"</table>",
+    "50 MB": b"<html><body>" + b"<p>A paragraph." * 3_500_000,
+}
+
+
+def test_pathological_pages_end_in_time_and_the_next_page_is_not_touched() -> None:
+    expected = one_page(ARTICLE)
+    config = ExtractConfig(timeout_s=1.0)
+    with Extractor(config) as extractor:
+        outcomes = {}
+        for name, body in PATHOLOGICAL.items():
+            assert extractor.extract(ARTICLE, URL, "text/html", "2026-11-01") == expected
+            began = time.monotonic()
+            outcomes[name] = extractor.extract(body, URL, "text/html")
+            # Twice the processor time on the clock, and a moment for the kill.
+            assert time.monotonic() - began < 2 * config.timeout_s + 2, name
+    timed_out = [n for n, o in outcomes.items() if isinstance(o, Rejected) and o.reason == "extract_timeout"]
+    assert "attributes" in timed_out  # measured: more than 5 s
+    assert all(outcomes[n].state == FAILED for n in timed_out)
+    big = outcomes["50 MB"]
+    assert isinstance(big, Rejected)
+    assert big.reason == "html_too_large"
+
+
+def test_a_child_killed_from_outside_changes_nothing() -> None:
+    expected = one_page(ARTICLE)
+    with Extractor(ExtractConfig(timeout_s=5)) as extractor:
+        extractor.extract(ARTICLE, URL)
+        first = extractor.pid
+        assert first is not None
+        # In mid-page: the page's second try, in a fresh process, gives what it would have given.
+        threading.Timer(0.3, os.kill, (first, signal.SIGKILL)).start()
+        links = b"<html><body><ul>" + b"<li><a href=x>y" * 100_000
+        undisturbed = page_text(links, URL, "text/html", "", ExtractConfig())
+        assert extractor.extract(links, URL, "text/html") == undisturbed
+        assert extractor.pid != first
+        # Between two pages.
+        second = extractor.pid
+        assert second is not None
+        os.kill(second, signal.SIGKILL)
+        assert extractor.extract(ARTICLE, URL, "text/html", "2026-11-01") == expected
+
+
+def test_a_stopped_child_ends_at_the_clocks_bound() -> None:
+    with Extractor(ExtractConfig(timeout_s=0.5)) as extractor:
+        extractor.extract(ARTICLE, URL)
+        assert extractor.pid is not None
+        os.kill(extractor.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        # Larger than a pipe holds: sending must not block on a child that does not read.
+        outcome = extractor.extract(ARTICLE + b" " * 500_000, URL)
+        assert isinstance(outcome, Rejected)
+        assert (outcome.state, outcome.reason) == (FAILED, "extract_timeout")
+        assert time.monotonic() - began < 4
+        assert isinstance(extractor.extract(ARTICLE, URL), Extracted)
+
+
+def test_memory_limit_costs_one_page() -> None:
+    table = b"<html><body>" + b"<p><b>x</b> <i>y</i> " * 80_000  # its trees take some hundred MB
+    with Extractor(ExtractConfig(timeout_s=20, max_memory_mb=64)) as extractor:
+        assert isinstance(extractor.extract(ARTICLE, URL), Extracted)
+        outcome = extractor.extract(table, URL)
+        assert isinstance(outcome, Rejected)
+        assert outcome.state == FAILED
+        assert outcome.reason in ("extract_memory", "extract_crash")  # some libraries abort instead of raising
+        assert isinstance(extractor.extract(ARTICLE, URL), Extracted)
+
+
+def test_child_is_replaced_after_its_share_of_pages() -> None:
+    with Extractor(ExtractConfig(), pages_per_process=2) as extractor:
+        pids = []
+        for _ in range(4):
+            assert isinstance(extractor.extract(ARTICLE, URL), Extracted)
+            pids.append(extractor.pid)
+    assert pids[0] == pids[1] != pids[2] == pids[3]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_child_dies_with_a_killed_parent() -> None:
+    program = (
+        "import sys, time\n"
+        "from data_pipeline.config import ExtractConfig\n"
+        "from data_pipeline.extract import Extractor\n"
+        "e = Extractor(ExtractConfig())\n"
+        "e.extract(b'<p>x', 'https://example.org/')\n"
+        "print(e.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert _alive(child)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _alive(child)
+
+
+def _extract_in_a_daemon(answers) -> None:  # type: ignore[no-untyped-def]
+    with Extractor(ExtractConfig()) as extractor:
+        answers.send(extractor.extract(ARTICLE, URL, "text/html", "2026-11-01").text)
+
+
+def test_works_in_a_daemonic_worker() -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    worker = context.Process(target=_extract_in_a_daemon, args=(sender,), daemon=True)
+    worker.start()
+    assert receiver.poll(60)
+    assert receiver.recv() == one_page(ARTICLE).text  # type: ignore[union-attr]
+    worker.join(10)
+
+
+def test_an_extractor_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho no such library >&2\nexit 3\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    with pytest.raises(ExtractorError, match="no such library"), Extractor(ExtractConfig()) as extractor:
+        extractor.extract(ARTICLE, URL)
+
+
+@needs_pages
+def test_a_page_gives_the_same_after_any_predecessors() -> None:
+    pages = sorted((SHARED / "pages" / "html").iterdir())[::60]
+    bodies = [p.read_bytes() for p in pages]
+    with Extractor(ExtractConfig()) as extractor:
+        forward = [extractor.extract(b, f"https://example.org/{i}") for i, b in enumerate(bodies)]
+    with Extractor(ExtractConfig(), pages_per_process=5) as extractor:
+        backward = [extractor.extract(b, f"https://example.org/{i}") for i, b in reversed(list(enumerate(bodies)))]
+    assert sum(isinstance(o, Extracted) for o in forward) > len(pages) // 2
+    assert forward == backward[::-1]
+
+
+# --- A shard --------------------------------------------------------------------------------------------------------
+
+
+def _pages(rows: list[tuple[int, str]]) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "index": index,
+                "url": f"https://example.org/{name}",
+                "final_url": f"https://example.org/final/{name}",
+                "domain": "example.org",
+                "status": 200,
+                "content_type": "text/html",
+                "fetched_at": "2026-11-01T00:00:00Z",
+                "warc_file": name,
+                "warc_offset": index * 10,
+                "payload_digest": "",
+            }
+            for index, name in rows
+        ],
+        schema=PAGE_SCHEMA,
+    )
+
+
+def test_shard_accounts_for_every_page_in_index_order() -> None:
+    bodies = {"good": ARTICLE, "pdf": b"%PDF-1.4", "empty": b"", "slow": PATHOLOGICAL["attributes"], "last": ARTICLE}
+    asked = []
+
+    def read_body(warc_file: str, warc_offset: int) -> tuple[bytes, str]:
+        asked.append((warc_file, warc_offset))
+        return bodies[warc_file], "text/html"
+
+    pages = _pages([(9, "last"), (4, "slow"), (1, "good"), (2, "pdf"), (3, "empty")])
+    documents, verdicts = extract_shard(pages, ExtractConfig(timeout_s=0.5), read_body)
+    assert documents.schema == DOCUMENT_SCHEMA
+    assert verdicts.schema == VERDICT_SCHEMA
+    assert asked == [("good", 10), ("pdf", 20), ("empty", 30), ("slow", 40), ("last", 90)]
+    assert verdicts["index"].to_pylist() == [1, 2, 3, 4, 9]
+    assert verdicts["state"].to_pylist() == ["kept", "dropped", "dropped", "failed", "kept"]
+    assert verdicts["reason"].to_pylist() == [None, "not_text", "no_text", "extract_timeout", None]
+    assert documents["index"].to_pylist() == [1, 9]
+    first = documents.to_pylist()[0]
+    assert first["url"] == "https://example.org/good"
+    assert first["digest"] == text_digest(first["text"])
+    assert (first["warc_file"], first["warc_offset"], first["domain"]) == ("good", 10, "example.org")
+
+
+def test_empty_shard() -> None:
+    documents, verdicts = extract_shard(_pages([]), ExtractConfig(), lambda f, o: (b"", ""))
+    assert (documents.num_rows, verdicts.num_rows) == (0, 0)
+    assert documents.schema == DOCUMENT_SCHEMA
