@@ -13,7 +13,7 @@ from typing import Any
 
 from gpt2train.commands import DATA, LADDER
 from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted
-from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
+from gpt2train.config import ConfigError, Device, ReportConfig, SweepConfig, TrainConfig, check
 from launch import config as launch_config
 
 
@@ -27,6 +27,8 @@ def launch_training(overrides: Sequence[str]) -> int:
     config = _train_config(faults, train_overrides, _ranks(how))
     if faults:
         raise ConfigError(faults)
+    if config.device is Device.cpu:
+        how.gpus = launch_config.Gpus.none
     return int(launch(how, train_command(train_overrides), Path(config.run_dir)))
 
 
@@ -49,7 +51,9 @@ def sweep_training(overrides: Sequence[str]) -> int:
         run_dir = Path(where.out) / name
         trial = [*combination, f"run_dir={quoted(str(run_dir))}"]
         of_trial: list[str] = []
-        _train_config(of_trial, trial, _ranks(how))
+        config = _train_config(of_trial, trial, _ranks(how))
+        if config.device is Device.cpu:
+            how.gpus = launch_config.Gpus.none
         faults += [fault if len(swept) == 0 else f"{name}: {fault}" for fault in of_trial]
         trials.append(Trial(name, train_command(trial), run_dir))
     if faults:
@@ -122,9 +126,9 @@ def _train_config(faults: list[str], overrides: Sequence[str], ranks: int) -> An
 
 
 def _ranks(how: launch_config.LaunchConfig) -> int:
-    from launch.local import process_count
+    from launch.machine import count_gpus
 
-    return max(1, process_count(how))
+    return max(1, how.processes or count_gpus())
 
 
 def _axes(faults: list[str], overrides: Sequence[str]) -> list[list[str]]:
