@@ -1,0 +1,306 @@
+"""Sampling: transformers' filters and greedy text, whole characters, the same tokens from the same seed."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
+from data_pipeline.tokenizer import load as load_tokenizer
+from gpt2train.config import ConfigError, GenerateConfig, ModelConfig, NonFiniteError
+from gpt2train.export import _write_json
+from gpt2train.generate import generate, keep_top_k, keep_top_p, next_token, sample, utf8_stream
+from gpt2train.hf import hf_config, to_hf_state
+from gpt2train.model import GPT
+
+transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+
+TINY = ModelConfig("tiny", layers=2, channels=32, heads=2, context=64)
+GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
+MIXED = "naïve 日本語 🤷🏽‍♀️ Ελληνικά — العربية"
+
+
+def lively(config: ModelConfig, seed: int = 0) -> GPT:
+    """An untrained model with weights so large that its greedy text does not settle on one token."""
+    model = GPT(config, seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.4, generator=generator)
+        model.wte.weight[config.vocabulary :] = 0
+    return model
+
+
+def always(config: ModelConfig, token: int) -> GPT:
+    """A model whose likeliest next token is always `token`."""
+    model = GPT(config).eval()
+    with torch.no_grad():
+        model.ln_f.weight.zero_()
+        model.ln_f.bias.copy_(model.wte.weight[token] * 100)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A lively model in Hugging Face format."""
+    path = tmp_path_factory.mktemp("model")
+    _write_json(path / "config.json", hf_config(TINY))
+    save_file(to_hf_state(lively(TINY).state_dict(), TINY), path / "model.safetensors")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# -- filters
+
+
+def logit_rows() -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    for spread in (0.1, 1.0, 8.0):
+        yield torch.randn(4, 1000, generator=generator) * spread
+    yield torch.randint(0, 5, (4, 50), generator=generator).float()  # many ties
+    yield torch.tensor([[0.0, -torch.inf, 3.0, -torch.inf]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 40, 999, 1000, 5000])
+def test_top_k_is_that_of_transformers(k: int) -> None:
+    for logits in logit_rows():
+        expected = transformers.TopKLogitsWarper(k)(None, logits.clone())
+        assert torch.equal(keep_top_k(logits, k), expected)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
+def test_top_p_is_that_of_transformers(p: float) -> None:
+    for logits in logit_rows():
+        expected = transformers.TopPLogitsWarper(p)(None, logits.clone()) if p < 1 else logits
+        assert torch.equal(keep_top_p(logits, p), expected)
+
+
+def test_top_k_of_zero_keeps_all() -> None:
+    for logits in logit_rows():
+        assert keep_top_k(logits, 0) is logits
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    logits, generator = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5]), torch.Generator().manual_seed(5)
+    draws = [next_token(logits, temperature=0.7, top_k=4, top_p=0.97, generator=generator) for _ in range(20_000)]
+    # top-k takes away index 3; of the others the likeliest reach .97 only together.
+    expected = (torch.tensor([1.0, 0.0, 2.0, -torch.inf, 0.5]) / 0.7).softmax(-1)
+    found = torch.bincount(torch.tensor(draws), minlength=5) / len(draws)
+    assert found[3] == 0
+    assert (found - expected).abs().max().item() < 0.015  # over four standard deviations
+
+
+def test_a_small_temperature_does_not_overflow() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([3.0, 3.5, -80.0])
+    assert {next_token(logits, temperature=1e-38, top_k=0, top_p=1.0, generator=generator) for _ in range(9)} == {1}
+
+
+def test_a_diverged_model_is_named() -> None:
+    logits = torch.tensor([0.0, float("nan")])
+    with pytest.raises(NonFiniteError, match="logits are not finite; choose an earlier checkpoint"):
+        next_token(logits, temperature=0, top_k=0, top_p=1.0, generator=torch.Generator())
+
+
+# -- decoding
+
+
+@pytest.mark.filterwarnings("ignore:.*:FutureWarning")  # transformers announces its own changes
+def test_greedy_equals_transformers_over_200_tokens(tmp_path: Path) -> None:
+    config = replace(TINY, context=256, vocabulary=2000)
+    model = lively(config)
+    _write_json(tmp_path / "config.json", hf_config(config))
+    save_file(to_hf_state(model.state_dict(), config), tmp_path / "model.safetensors")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+    prompt = [818, 257, 1934, 389]
+    ids = torch.tensor([prompt])
+    expected = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=200, pad_token_id=0
+    )[0, len(prompt) :].tolist()
+    got = list(sample(model, prompt, max_new_tokens=200, **GREEDY))
+    assert len(set(got)) > 20, "a text that settles on one token would show nothing"
+    assert got == expected
+
+
+@pytest.mark.parametrize("length", [1, 10, 63, 64, 65, 200])
+def test_the_window_slides_by_half_a_context(length: int) -> None:
+    """Against a loop without a cache that reads its whole window again for every token."""
+    model = lively(replace(TINY, vocabulary=500))
+    prompt = torch.randint(500, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+    window, expected = prompt[-64:], []
+    with torch.no_grad():
+        for _ in range(150):
+            expected.append(int(model(torch.tensor([window]))[0, -1].argmax()))
+            window.append(expected[-1])
+            if len(window) > 64:
+                window = window[-32:]
+    assert len(set(expected)) > 10
+    assert list(sample(model, prompt, max_new_tokens=150, **GREEDY)) == expected
+
+
+def test_a_context_of_one_token_still_samples() -> None:
+    model = lively(replace(TINY, context=1))
+    assert len(list(sample(model, [5, 6], max_new_tokens=5, **GREEDY))) == 5
+
+
+def test_the_seed_alone_decides() -> None:
+    model = lively(TINY)
+    options = {"max_new_tokens": 40, "temperature": 1.5, "top_k": 0, "top_p": 0.95}
+    first = list(sample(model, [1, 2, 3], seed=7, **options))
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert list(sample(model, [1, 2, 3], seed=7, **options)) == first
+    assert list(sample(model, [1, 2, 3], seed=8, **options)) != first
+
+
+def test_stops_before_the_end_of_text() -> None:
+    assert list(sample(always(TINY, END_OF_TEXT), [1], max_new_tokens=9, **GREEDY)) == []
+    assert list(sample(always(TINY, 17), [1], max_new_tokens=9, **GREEDY)) == [17] * 9
+
+
+def test_ids_that_are_no_token_are_never_sampled() -> None:
+    """A vocabulary of 50,304 whose surplus rows would be the likeliest by far."""
+    model = always(replace(TINY, vocabulary=50_304), 50_300)
+    assert int(model(torch.tensor([[1]]))[0, -1].argmax()) >= VOCABULARY
+    for temperature in (0.0, 3.0):
+        got = list(sample(model, [1], max_new_tokens=20, temperature=temperature, top_k=0, top_p=1.0, seed=0))
+        assert got
+        assert max(got) < VOCABULARY
+
+
+# -- text
+
+
+def test_a_stream_never_tears_a_character() -> None:
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode(MIXED).tolist()
+    torn = [i for i in ids if "\ufffd" in tokenizer.decode([i])]
+    assert len(torn) > 5, "the text has characters of several tokens"
+    pieces = list(utf8_stream(ids, tokenizer))
+    assert "".join(pieces) == MIXED
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 255), st.integers(0, VOCABULARY - 1)), max_size=30))
+def test_a_stream_of_any_tokens_is_their_text(ids: list[int]) -> None:
+    tokenizer = load_tokenizer()
+    assert "".join(utf8_stream(ids, tokenizer)) == tokenizer.decode(ids)
+
+
+def test_a_character_comes_out_once_it_is_whole() -> None:
+    """Each piece is there before the next token is asked for: streaming, not collecting."""
+    tokenizer = load_tokenizer()
+    ids = tokenizer.encode("a語b").tolist()
+    asked: list[int] = []
+
+    def tokens() -> Iterator[int]:
+        for token in ids:
+            asked.append(token)
+            yield token
+
+    stream = utf8_stream(tokens(), tokenizer)
+    assert next(stream) == "a"
+    assert asked == ids[:1]
+    assert next(stream) == "語"
+    assert asked == ids[:-1]
+
+
+# -- the command
+
+
+def run_generate(capsysbinary: pytest.CaptureFixture[bytes], **options: object) -> tuple[bytes, bytes]:
+    assert generate(GenerateConfig(**options)) == 0
+    captured = capsysbinary.readouterr()
+    return captured.out, captured.err
+
+
+def test_samples_differ_and_repeat(folder: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    options = {"run": str(folder), "prompt": "One", "max_new_tokens": 12, "seed": 3}
+    out, err = run_generate(capsysbinary, samples=2, **options)
+    assert err.decode().split("\n")[:2] == ["sample 1 of 2, seed 3", "sample 2 of 2, seed 4"]
+    first, _ = run_generate(capsysbinary, **options)
+    second, _ = run_generate(capsysbinary, **(options | {"seed": 4}))
+    assert out == first + second
+    assert first != second
+
+
+def test_without_echo_only_the_continuation_is_printed(
+    folder: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    options = {"run": str(folder), "prompt": MIXED, "max_new_tokens": 8, "temperature": 0.0}
+    with_prompt, _ = run_generate(capsysbinary, **options)
+    without, _ = run_generate(capsysbinary, echo=False, **options)
+    assert with_prompt == MIXED.encode() + without
+    assert without.strip()
+
+
+def test_an_empty_prompt_starts_a_text(folder: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    out, _ = run_generate(capsysbinary, run=str(folder), max_new_tokens=10, temperature=0.0)
+    expected = list(sample(lively(TINY), [END_OF_TEXT], max_new_tokens=10, **GREEDY))
+    assert out.decode() == load_tokenizer().decode(expected) + "\n"
+
+
+def test_a_prompt_beyond_the_context_is_cut_and_told(
+    folder: Path, capsysbinary: pytest.CaptureFixture[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = " word" * 100
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(text.encode())))
+    out, err = run_generate(capsysbinary, run=str(folder), prompt="-", max_new_tokens=3, temperature=0.0)
+    assert b"the prompt has 100 tokens; the last 64 (model.context) are used" in err
+    prompt = load_tokenizer().encode(text).tolist()[-64:]
+    expected = list(sample(lively(TINY), prompt, max_new_tokens=3, **GREEDY))
+    assert out.decode() == text + load_tokenizer().decode(expected) + "\n"
+
+
+def test_all_faults_are_reported_together() -> None:
+    wrong = GenerateConfig(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, samples=0, seed=-1)
+    with pytest.raises(ConfigError) as caught:
+        generate(wrong)
+    names = [fault.split("=")[0] for fault in caught.value.faults]
+    assert names == ["run", "max_new_tokens", "temperature", "top_k", "top_p", "samples", "seed"]
+
+
+def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
+    config = replace(TINY, vocabulary=300)
+    _write_json(tmp_path / "config.json", hf_config(config))
+    save_file(to_hf_state(GPT(config).state_dict(), config), tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="its 300 tokens are fewer than GPT-2's 50257"):
+        generate(GenerateConfig(run=str(tmp_path)))
+
+
+def test_a_process_writes_utf_8_whatever_the_locale(folder: Path) -> None:
+    command = [sys.executable, "-m", "gpt2train", "generate", f"run={folder}", "max_new_tokens=60", "temperature=0"]
+    done = subprocess.run(
+        [*command, "prompt=-"],
+        input=MIXED.encode(),
+        capture_output=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    text = done.stdout.decode("utf-8")
+    assert text.startswith(MIXED)
+    assert len(text) > len(MIXED) + 60
+    assert done.stderr == b""
