@@ -1,0 +1,510 @@
+"""When each URL has its turn, and what becomes of it: the event loop's side of the fetch.
+
+    shards of URLs ─ read as there is room ─► hosts, each with its queue and the time of its next turn
+        │ a host's first turn fetches its robots.txt (RFC 9309); every later turn is one request of one URL
+        │ a redirect is a new turn of the host that it leads to, with that host's robots.txt and delay
+        ▼ a decision in the shard's journal, the page before it in its WARC file
+
+Memory is bounded: so many shards are open, so many URLs of each are waiting, so many responses are under way; hosts are
+forgotten when they have nothing to do. A request that takes long leaves its place to others and goes on in a slow lane,
+so that dripping hosts do not stop the good ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_pipeline.config import FetchConfig
+from data_pipeline.fetch_journal import ShardLog
+from data_pipeline.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
+from data_pipeline.page_rules import REDIRECTS, page_body, redirect_target, wants_body
+from data_pipeline.records import DROPPED, FAILED, KEPT, AccountingError
+from data_pipeline.robots_cache import RobotsCache
+from data_pipeline.url_syntax import host_of, origin_of
+from data_pipeline.warc import Exchange
+
+DROPPED_REASONS = frozenset(("robots", "noindex", "wrong_type", "blocked_address", "bad_scheme", "crawl_delay"))
+OPEN_SHARDS = 32
+"""Shards (with a journal, an audit log and a WARC file each) open at once."""
+WAITING_URLS = 2000
+"""URLs of one open shard that wait in hosts' queues."""
+SLOW_AFTER_S = 5.0
+"""A request that takes longer than this moves to the slow lane and no longer counts against `concurrency`."""
+SLOW_LANE_FACTOR = 8
+"""Places of the slow lane, as a multiple of `concurrency`."""
+SLOW_LANE_BYTES = 256 << 20
+"""What all bodies of the slow lane may hold together; the request that goes beyond is cut."""
+GIVE_UP_AFTER = 10
+"""Tries in a row that got no response: then the host's waiting URLs end with the same reason."""
+GIVE_UP_REASONS = frozenset(("dns", "connect", "tls", "timeout"))
+SYNC_EVERY_S = 2.0
+PROGRESS_EVERY_S = 0.2
+TAIL_SHARE = 0.99
+"""`tail_budget_s` runs once this share of the URLs is done."""
+
+
+@dataclass(frozen=True)
+class FetchShard:
+    """`urls`: a file of URL_SCHEMA, sorted by index; `folder`: where journal and audit log of shard `number` lie."""
+
+    urls: Path
+    folder: Path
+    number: int
+
+
+@dataclass(slots=True)
+class _Job:
+    """One URL on its way: `url` is where the redirects so far have led."""
+
+    shard: OpenShard
+    index: int
+    original: str
+    url: str
+    seen: list[str] = field(default_factory=list)
+    tries: int = 0
+    requests: int = 0
+    spent_s: float = 0.0
+
+
+class _Host:
+    """A host's queue of (not before, sequence, job), and when it may be asked next."""
+
+    __slots__ = ("busy", "failures", "name", "next_start", "queue")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.queue: list[tuple[float, int, _Job]] = []
+        self.next_start = 0.0
+        self.busy = False
+        self.failures = 0
+
+    def due(self) -> float:
+        return max(self.next_start, self.queue[0][0])
+
+
+class OpenShard:
+    """A shard under way: its log, the rows not yet read, and how many of its URLs wait."""
+
+    def __init__(self, shard: FetchShard, corpus: Path, max_warc_bytes: int) -> None:
+        self.shard = shard
+        self.log = ShardLog(shard.folder, shard.number, corpus, max_warc_bytes)
+        self.waiting = 0
+        self.exhausted = False
+        self.rows = self._read()
+
+    def _read(self) -> Iterator[tuple[int, str]]:
+        with pq.ParquetFile(self.shard.urls) as parquet:
+            for batch in parquet.iter_batches(batch_size=1000, columns=["index", "url"]):
+                for index, url in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                    if index not in self.log.done:
+                        yield index, url
+        self.exhausted = True
+
+
+class _Flight:
+    """A request under way: which lane it is in and what it holds."""
+
+    __slots__ = ("held_bytes", "scheduler", "slow")
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.slow = False
+        self.held_bytes = 0
+        scheduler.fast += 1
+
+    def slow_down(self) -> None:
+        s = self.scheduler
+        if s.slow < s.slow_places:
+            self.slow = True
+            s.fast -= 1
+            s.slow += 1
+            s.slow_bytes += self.held_bytes
+            s.wake.set()
+
+    def on_bytes(self, size: int) -> None:
+        self.held_bytes += size
+        if self.slow:
+            self.scheduler.slow_bytes += size
+            if self.scheduler.slow_bytes > SLOW_LANE_BYTES:
+                raise FetchError("timeout", "slow, and slow responses hold too much memory together", passing=True)
+
+    def land(self) -> None:
+        s = self.scheduler
+        if self.slow:
+            s.slow -= 1
+            s.slow_bytes -= self.held_bytes
+        else:
+            s.fast -= 1
+
+
+class Scheduler:
+    def __init__(
+        self,
+        shards: Sequence[FetchShard],
+        config: FetchConfig,
+        corpus: Path,
+        client: HttpClient,
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self.config, self.corpus, self.client, self.on_progress = config, corpus, client, on_progress
+        self.unopened = deque(shards)
+        self.open: list[OpenShard] = []
+        self.total = sum(pq.read_metadata(s.urls).num_rows for s in shards)
+        self.done = 0
+        self.reported = 0.0
+        self.hosts: dict[str, _Host] = {}
+        self.turns: list[tuple[float, int, _Host]] = []
+        self.resting: list[tuple[float, int, _Host]] = []
+        self.sequence = itertools.count()
+        self.robots = RobotsCache(client, config, self)
+        self.fast = self.slow = self.slow_bytes = 0
+        self.slow_places = SLOW_LANE_FACTOR * config.concurrency
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.wake = asyncio.Event()
+        self.tail_deadline: float | None = None
+        self.error: BaseException | None = None
+        self.caught: int | None = None
+        self.random = random.Random()
+
+    def stop(self, number: int) -> None:
+        self.caught = number
+        self.wake.set()
+
+    async def run(self) -> None:
+        self._feed()
+        syncing = asyncio.create_task(self._sync_now_and_then())
+        try:
+            while self.done < self.total and self.error is None and self.caught is None:
+                now = time.monotonic()
+                if self._tail_is_over(now):
+                    await self._end_tail()
+                    break
+                self._start_due(now)
+                self._forget_hosts(now)
+                await self._sleep_until(self._next_event())
+                self._feed()
+            if self.error is not None:
+                raise self.error
+        finally:
+            for task in (*self.tasks, syncing):
+                task.cancel()
+            await asyncio.gather(*self.tasks, syncing, return_exceptions=True)
+            for shard in self.open:
+                shard.log.close()
+            self.on_progress(self.done, self.total)
+        if self.caught is None and self.done != self.total:
+            raise AccountingError(f"fetch: {self.total} URLs in, {self.done} decided")
+
+    # ---- what to do next ----
+
+    def _feed(self) -> None:
+        """Keep hosts' queues filled: read on in the open shards, and open further ones while few hosts have work."""
+        for shard in self.open:
+            if shard.waiting < WAITING_URLS // 2 and not shard.exhausted:
+                self._fill(shard)
+        self._close_finished()
+        while self.unopened and len(self.open) < OPEN_SHARDS and len(self.turns) < 4 * self.config.concurrency:
+            shard = OpenShard(self.unopened.popleft(), self.corpus, self.config.max_warc_bytes)
+            self.done += len(shard.log.done)
+            self.open.append(shard)
+            self._fill(shard)
+            self._close_finished()
+
+    def _fill(self, shard: OpenShard) -> None:
+        for index, url in itertools.islice(shard.rows, WAITING_URLS - shard.waiting):
+            shard.waiting += 1
+            self._enqueue(_Job(shard, index, url, url))
+        # Whether the iterator is at its end shows only at the next row.
+        if shard.waiting < WAITING_URLS:
+            shard.exhausted = True
+
+    def _close_finished(self) -> None:
+        for shard in [s for s in self.open if s.exhausted and not s.waiting]:
+            shard.log.close()
+            self.open.remove(shard)
+
+    def _enqueue(self, job: _Job, not_before: float = 0.0) -> None:
+        host = self._host(host_of(job.url))
+        heapq.heappush(host.queue, (not_before, next(self.sequence), job))
+        if not host.busy:
+            self._schedule(host)
+
+    def _host(self, name: str) -> _Host:
+        host = self.hosts.get(name)
+        if host is None:
+            host = self.hosts[name] = _Host(name)
+        return host
+
+    def _schedule(self, host: _Host) -> None:
+        heapq.heappush(self.turns, (host.due(), next(self.sequence), host))
+
+    def _start_due(self, now: float) -> None:
+        while self.turns and self.turns[0][0] <= now and self.fast < self.config.concurrency:
+            _, _, host = heapq.heappop(self.turns)
+            if host.busy or not host.queue:
+                continue  # an older entry of the same host was first
+            if host.due() > now:
+                self._schedule(host)
+                continue
+            _, _, job = heapq.heappop(host.queue)
+            host.busy = True
+            task = asyncio.create_task(self._turn(host, job))
+            self.tasks.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.error = self.error or task.exception()
+        self.wake.set()
+
+    def _forget_hosts(self, now: float) -> None:
+        """Hosts without work are kept until their delay is over, so that a redirect to one of them still waits."""
+        while self.resting and self.resting[0][0] <= now:
+            _, _, host = heapq.heappop(self.resting)
+            if not host.queue and not host.busy and host.next_start <= now and self.hosts.get(host.name) is host:
+                del self.hosts[host.name]
+
+    def _next_event(self) -> float | None:
+        times = [self.tail_deadline] if self.tail_deadline is not None else []
+        if self.turns and self.fast < self.config.concurrency:
+            times.append(self.turns[0][0])
+        return min(times, default=None)
+
+    async def _sleep_until(self, moment: float | None) -> None:
+        timer = None
+        if moment is not None:
+            timer = asyncio.get_running_loop().call_later(max(0.0, moment - time.monotonic()), self.wake.set)
+        await self.wake.wait()
+        self.wake.clear()
+        if timer is not None:
+            timer.cancel()
+
+    async def _sync_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(SYNC_EVERY_S)
+            try:
+                for shard in list(self.open):
+                    await shard.log.sync()
+            except Exception as e:
+                self.error = self.error or e
+                self.wake.set()
+
+    def _tail_is_over(self, now: float) -> bool:
+        budget_s = self.config.tail_budget_s
+        if self.tail_deadline is None and budget_s and 0 < int(TAIL_SHARE * self.total) <= self.done:
+            self.tail_deadline = now + budget_s
+        return self.tail_deadline is not None and now >= self.tail_deadline
+
+    async def _end_tail(self) -> None:
+        """Every URL that is not decided yet ends as `out_of_budget`."""
+        tasks = list(self.tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        why = f"not done {self.config.tail_budget_s:g} s (fetch.tail_budget_s) after 99 % of all URLs were"
+        while self.open or self.unopened:
+            if not self.open:
+                self.open.append(OpenShard(self.unopened.popleft(), self.corpus, self.config.max_warc_bytes))
+                self.done += len(self.open[0].log.done)
+            for shard in self.open:
+                with pq.ParquetFile(shard.shard.urls) as parquet:
+                    for row in parquet.read(columns=["index", "url"]).to_pylist():
+                        if row["index"] not in shard.log.done:
+                            job = _Job(shard, row["index"], row["url"], row["url"])
+                            self._decide(job, FAILED, "out_of_budget", why)
+                shard.log.close()
+            self.open.clear()
+
+    # ---- one turn of one host ----
+
+    async def _turn(self, host: _Host, job: _Job) -> None:
+        flight = _Flight(self)
+        slow_down = asyncio.get_running_loop().call_later(SLOW_AFTER_S, flight.slow_down)
+        try:
+            await self._robots_or_page(host, job, flight)
+        except FetchError as e:
+            self._retry_or_fail(host, job, e)
+        finally:
+            slow_down.cancel()
+            flight.land()
+            host.busy = False
+            if host.queue:
+                self._schedule(host)
+            else:
+                self._rest(host)
+
+    async def _robots_or_page(self, host: _Host, job: _Job, flight: _Flight) -> None:
+        rule = "fetch.robots=false: robots.txt is not asked for"
+        if self.config.robots:
+            origin = origin_of(job.url)
+            site = self.robots.known(origin)
+            if site is None:
+                await self.robots.fetch(origin, job.shard.log.audit)
+                self._enqueue(job)  # the page waits for the host's next turn
+                return
+            if site.error is not None:
+                raise FetchError(site.error.reason, site.error.detail)
+            if site.delay_s > self.config.max_crawl_delay_s:
+                bound = self.config.max_crawl_delay_s
+                raise FetchError("crawl_delay", f"Crawl-delay: {site.delay_s:g} > fetch.max_crawl_delay_s={bound:g}")
+            decision = site.rules.decide(job.url, self.config.user_agent)
+            rule = decision.rule
+            if not decision.allowed:
+                raise FetchError(site.refusal_reason, rule)
+        started = time.monotonic()
+        self.rest_until(host.name, started + self._delay_s(job.url))
+        audit: dict[str, Any] = {
+            "at": now_text(),
+            "index": job.index,
+            "url": job.url,
+            "rule": rule,
+            "delay_s": round(self._delay_s(job.url), 3),
+        }
+        job.requests += 1
+        try:
+            reply = await self.client.get(
+                job.url,
+                timeout_s=max(0.1, self.config.timeout_s - job.spent_s),
+                max_bytes=self.config.max_page_bytes,
+                wanted=lambda head: wants_body(head, self.config),
+                on_bytes=flight.on_bytes,
+                last=not host.queue,
+            )
+            audit["status"] = reply.status
+            host.failures = 0
+        except FetchError as e:
+            audit["error"] = e.reason
+            raise
+        finally:
+            # Counted from the end of the request: then the server, too, sees at least the delay between two starts.
+            self.rest_until(host.name, time.monotonic() + self._delay_s(job.url))
+            job.spent_s += time.monotonic() - started
+            job.shard.log.audit.write(audit)
+        self._judge(host, job, reply)
+
+    def _delay_s(self, url: str) -> float:
+        site = self.robots.known(origin_of(url)) if self.config.robots else None
+        return max(self.config.delay_s, site.delay_s if site is not None else 0.0)
+
+    def _rest(self, host: _Host) -> None:
+        heapq.heappush(self.resting, (host.next_start, next(self.sequence), host))
+
+    def next_start(self, name: str) -> float:
+        return self._host(name).next_start
+
+    def rest_until(self, name: str, moment: float) -> None:
+        host = self._host(name)
+        host.next_start = max(host.next_start, moment)
+        if not host.queue and not host.busy:
+            self._rest(host)
+
+    def _judge(self, host: _Host, job: _Job, reply: Reply) -> None:
+        """Response → kept, another turn, or FetchError."""
+        if reply.status in REDIRECTS:
+            self._follow(job, redirect_target(reply))
+        elif reply.status == 429 or reply.status >= 500:
+            self._back_off(host, job, reply)
+        else:
+            self._decide(job, KEPT, None, None, reply, page_body(reply, self.config))
+
+    def _follow(self, job: _Job, target: str) -> None:
+        job.seen.append(job.url)
+        if target in job.seen:
+            raise FetchError("redirect_loop", f"back to {target[:300]} after {len(job.seen)} redirects")
+        if len(job.seen) > self.config.max_redirects:
+            raise FetchError("too_many_redirects", f"more than fetch.max_redirects={self.config.max_redirects}")
+        job.url = target
+        self._enqueue(job)
+
+    def _back_off(self, host: _Host, job: _Job, reply: Reply) -> None:
+        """429 and 5xx: the host rests, then the URL gets another try."""
+        wait_s = retry_after_s(reply.header("retry-after"))
+        if wait_s is not None and wait_s > self.config.max_retry_after_s:
+            bound = self.config.max_retry_after_s
+            raise FetchError(
+                "retry_after", f"{reply.status}, Retry-After {wait_s:.0f} s > fetch.max_retry_after_s={bound:g}"
+            )
+        if job.tries >= self.config.retries:
+            raise FetchError("http_status", str(reply.status))
+        moment = time.monotonic() + (self._retry_wait_s(job) if wait_s is None else wait_s)
+        if reply.status in (429, 503) or wait_s is not None:
+            self.rest_until(host.name, moment)
+        self._again(job, moment)
+
+    def _retry_wait_s(self, job: _Job) -> float:
+        return self.config.retry_wait_s * 2**job.tries * (1 + self.random.random() / 2)
+
+    def _again(self, job: _Job, moment: float) -> None:
+        """From the start: redirects may lead elsewhere the next time."""
+        job.tries += 1
+        job.spent_s = 0.0
+        job.seen.clear()
+        job.url = job.original
+        self._enqueue(job, moment)
+
+    def _retry_or_fail(self, host: _Host, job: _Job, error: FetchError) -> None:
+        no_answer = error.reason in GIVE_UP_REASONS
+        host.failures += no_answer
+        if no_answer and host.failures >= GIVE_UP_AFTER:
+            why = f"{host.name} gave no answer {host.failures} times in a row, the last time: {error.detail}"
+            waiting, host.queue = host.queue, []
+            for _, _, other in [(0.0, 0, job), *waiting]:
+                self._decide(other, FAILED, error.reason, why)
+        elif error.passing and job.tries < self.config.retries:
+            self._again(job, time.monotonic() + self._retry_wait_s(job))
+        else:
+            state = DROPPED if error.reason in DROPPED_REASONS else FAILED
+            self._decide(job, state, error.reason, error.detail)
+
+    def _decide(
+        self,
+        job: _Job,
+        state: str,
+        reason: str | None,
+        detail: str | None,
+        reply: Reply | None = None,
+        body: bytes = b"",
+    ) -> None:
+        line: dict[str, Any] = {"index": job.index, "url": job.original, "state": state}
+        if state != KEPT:
+            line |= {"reason": reason, "detail": detail}
+        if job.requests:
+            line["requests"] = job.requests
+        if job.url != job.original:
+            line["final_url"] = job.url
+        exchange = None
+        if reply is not None:
+            at = f"{now_text()[:19]}Z"
+            line |= {"status": reply.status, "content_type": reply.header("content-type"), "fetched_at": at}
+            line |= {"bytes": len(body), "wire_bytes": len(reply.body or b"")}
+            exchange = Exchange(
+                job.url,
+                reply.request_target,
+                reply.request_headers,
+                reply.status,
+                reply.http_version,
+                reply.reason_phrase,
+                reply.headers,
+                body,
+                reply.ip,
+                at,
+            )
+        job.shard.log.add(line, exchange)
+        job.shard.waiting -= 1
+        self.done += 1
+        now = time.monotonic()
+        if now - self.reported > PROGRESS_EVERY_S:
+            self.reported = now
+            self.on_progress(self.done, self.total)
