@@ -7,7 +7,7 @@ paper has a Bloom filter of the corpus with false positives of at most 1e-8, her
 the corpus as exact 64-bit hashes: memory grows with the sets, not with the corpus, and a false hit has a probability of
 (n-grams of all sets) / 2^64.
 
-Cost: about 2,000 documents/s.
+Cost: 30 MB of text a second.
 """
 
 from __future__ import annotations

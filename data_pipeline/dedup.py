@@ -8,7 +8,7 @@ MinHash (Broder, 1997) over sets of word n-grams, with locality-sensitive hashin
 "Mining of Massive Datasets", 3.4): the permutations' minima are cut into bands, and two documents that agree in a whole
 band are linked. What is linked, directly or through others, is one cluster; its best document stays.
 
-Cost: about 3,000 documents/s to sign; 14 bands of a million signatures are joined in some seconds and 0.5 GB.
+Cost: signing 20 MB of text a second (2,000 long pages); joining a million signatures, 3 s and 1.3 GB.
 """
 
 from __future__ import annotations
@@ -149,9 +149,13 @@ def find_duplicates(signatures: Sequence[Path], config: DedupConfig) -> pa.Table
     rows = pa.concat_tables(tables).sort_by("index") if tables else SIGNATURE_SCHEMA.empty_table()
     if rows.num_rows == 0:
         return DUPLICATE_SCHEMA.empty_table()
-    exact = np.frombuffer(b"".join(rows["exact"].to_pylist()), dtype=[("high", "<u8"), ("low", "<u8")])
-    _, exact_group = np.unique(exact, return_inverse=True)
-    links = [_links(exact_group, np.arange(len(exact)))] if config.exact else []
+    exact = np.frombuffer(b"".join(rows["exact"].to_pylist()), "<u8").reshape(-1, 2)
+    links = []
+    if config.exact:
+        # Links of equal first halves, made in the order of the second halves, so that equal digests are neighbors.
+        order = np.argsort(exact[:, 1], kind="stable")
+        pairs = _links(exact[order, 0], order)
+        links.append(pairs[exact[pairs[:, 0], 1] == exact[pairs[:, 1], 1]])
     if config.near:
         bands = rows["bands"].combine_chunks()
         signed = np.flatnonzero(pc.list_value_length(bands).to_numpy(zero_copy_only=False))
@@ -167,7 +171,7 @@ def find_duplicates(signatures: Sequence[Path], config: DedupConfig) -> pa.Table
             rows["index"].take(goes),
             twins["index"],
             twins["url"],
-            pa.array(np.where(exact_group[goes] == exact_group[best[goes]], "exact", "near"), pa.string()),
+            pa.array(np.where((exact[goes] == exact[best[goes]]).all(axis=1), "exact", "near"), pa.string()),
             pa.array(sizes, pa.int64()),
         ],
         schema=DUPLICATE_SCHEMA,
@@ -186,7 +190,14 @@ def _read_signatures(path: Path, config: DedupConfig) -> pa.Table:
 
 def _links(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """int64[links, 2]: pairs of `rows` that chain all rows of equal key together; linear in the rows."""
-    order = np.argsort(keys, kind="stable")
+    ordered = np.sort(keys)
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    if not len(repeated):
+        return np.empty((0, 2), np.int64)
+    # Few keys occur twice: only their rows are put in order, which costs more than sorting bare keys.
+    places = np.minimum(np.searchsorted(repeated, keys), len(repeated) - 1)
+    candidates = np.flatnonzero(repeated[places] == keys)
+    order = candidates[np.argsort(keys[candidates], kind="stable")]
     same = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
     return np.stack([rows[order[same]], rows[order[same + 1]]], axis=1)
 
