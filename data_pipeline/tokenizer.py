@@ -48,7 +48,8 @@ WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205
 # `\s+(?!\S)` takes one entry of backtracking stack per character of a white-space run, and tiktoken panics when a run
 # needs about a million of them. Runs longer than this are cut where the pattern itself would cut them.
 MAX_WHITE_SPACE = 100_000
-LONG_WHITE_SPACE = re.compile(f"[{WHITE_SPACE}]{{{MAX_WHITE_SPACE},}}(?=[^{WHITE_SPACE}])")
+# The look-behind lets a match begin only where a run does: without it a long run would be scanned from each character.
+LONG_WHITE_SPACE = re.compile(f"(?<![{WHITE_SPACE}])[{WHITE_SPACE}]{{{MAX_WHITE_SPACE},}}")
 
 
 class TokenizerError(Exception):
@@ -88,9 +89,9 @@ class Tokenizer:
         """
         if len(text) <= MAX_WHITE_SPACE:
             return self._encode(text)
-        # Before the last white-space character of a run is a border of PATTERN (`\s+(?!\S)`), and so is the run's end
-        # when the text ends there (`\s++$`): cut at the first, and both sides encode to what they would as a whole.
-        cuts = [0, *(run.end() - 1 for run in LONG_WHITE_SPACE.finditer(text)), len(text)]
+        # PATTERN has a border before the last white-space character of a run that something follows (`\s+(?!\S)`), and
+        # takes a run at the end of a text whole (`\s++$`): cut there, both sides encode to what they would together.
+        cuts = [0, *(run.end() - 1 for run in LONG_WHITE_SPACE.finditer(text) if run.end() < len(text)), len(text)]
         return np.concatenate([self._encode(text[a:b]) for a, b in itertools.pairwise(cuts)])
 
     def _encode(self, text: str) -> np.ndarray:
