@@ -334,6 +334,8 @@ def _defects(folder: Path, *, step: int | None = None) -> list[str]:
                 f"{MANIFEST} says {manifest['format']} {manifest['version']}, this program reads {FORMAT} {VERSION}"
             ]
         files, parameters = manifest["files"], manifest["parameters"]
+        if not (isinstance(files, dict) and isinstance(parameters, dict)):
+            return [f"{MANIFEST} cannot be read (files and parameters are no tables)"]
         if manifest["step"] != step and folder.name != folder_name(manifest["step"]):
             return [f"{MANIFEST} is of {folder_name(manifest['step'])}"]
     except FileNotFoundError:
@@ -358,6 +360,8 @@ def _file_defect(folder: Path, name: str, entry: Mapping[str, Any]) -> str | Non
         return f"{name} is missing"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
+    except (KeyError, TypeError, ValueError) as error:
+        return f"{name}: {MANIFEST} does not say what it was ({error})"
     return None if got == entry["sha256"] else f"{name} has sha256 {got[:12]}…, written was {entry['sha256'][:12]}…"
 
 

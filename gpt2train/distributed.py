@@ -7,6 +7,7 @@ Two things keep a dead or stopped peer from hanging the rest: the time limit of 
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import functools
 import os
@@ -62,6 +63,7 @@ def start(device: Device, timeout_s: float) -> World:
             f"rank {world.rank}: not all {world.size} processes met at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} within distributed.timeout_s={timeout_s:g} ({_first_line(error)})"
         ) from error
+    atexit.register(dist.destroy_process_group)
     _limit_new_groups(timedelta(seconds=timeout_s))
     return world
 
@@ -153,6 +155,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
+def abandon() -> None:
+    """Leaves the other processes to themselves at exit: the orderly way would wait for one that does not answer."""
+    atexit.unregister(dist.destroy_process_group)
+
+
 class Watchdog:
     """Ends this process with exit code 7 when what it watches takes longer than `limit_s`.
 
@@ -201,9 +208,3 @@ class Watchdog:
         sys.stderr.flush()
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         os._exit(PeerError.exit_code)
-
-
-def leave() -> None:
-    """Ends torch.distributed in this process; peers that are gone are not waited for."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -136,7 +136,7 @@ class Wandb:
         if self._run is None:
             return
         try:
-            self._run.finish(quiet=True)
+            self._run.finish()
         except Exception as error:
             self._fail(error)
 

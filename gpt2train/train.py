@@ -79,10 +79,8 @@ def train(config: TrainConfig) -> int:
             peer = distributed.peer_error(error, world, doing[0])
             if peer is None:
                 raise
+            distributed.abandon()
             raise peer from error
-        finally:
-            with contextlib.suppress(RuntimeError):
-                distributed.leave()
 
 
 def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str], held: contextlib.ExitStack) -> int:
@@ -125,7 +123,8 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
         reporter.start_clock()
         for step in range(run.start_step + 1, config.steps + 1):
             doing[0] = f"step {step}"
-            watchdog.watch(doing[0])
+            if not (config.compile and step == run.start_step + 1):  # compiling takes as long as it takes
+                watchdog.watch(doing[0])
             batch = ahead.result()
             if step < config.steps:
                 ahead = reader.submit(read_step, step + 1)

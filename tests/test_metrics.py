@@ -1,0 +1,161 @@
+"""metrics.jsonl as one curve without gap or double; sinks that cannot stop a run."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from gpt2train.config import ModelConfig, Precision, TrainConfig, WandbMode
+from gpt2train.metrics import MetricsFile, Reporter, Wandb, duration, peak_flops
+
+
+def lines(run_dir: Path) -> list[bytes]:
+    return (run_dir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+
+
+def fill(run_dir: Path, first: int, last: int) -> None:
+    file = MetricsFile(run_dir, after_step=first - 1)
+    for step in range(first, last + 1):
+        file.write({"step": step, "loss": 1 / step})
+        if step % 5 == 0:
+            file.write({"step": step, "validation_loss": 2 / step})
+    file.close()
+
+
+def test_floats_read_back_as_the_same_numbers(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    values = [rng.random() * 10 ** rng.randint(-300, 300) for _ in range(500)]
+    file = MetricsFile(tmp_path, after_step=0)
+    for step, value in enumerate(values, start=1):
+        file.write({"step": step, "loss": value})
+    file.write({"step": 501, "loss": float("nan"), "grad_norm": float("inf")})
+    file.close()
+    read = [json.loads(line) for line in lines(tmp_path)]
+    assert [entry["loss"] for entry in read[:-1]] == values
+    assert read[-1] == {"step": 501, "loss": None, "grad_norm": None}
+
+
+def test_every_line_is_on_its_way_at_once(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, after_step=0)
+    file.write({"step": 1, "loss": 1.0})
+    assert lines(tmp_path) == [b'{"step": 1, "loss": 1.0}\n']
+    file.close()
+
+
+@pytest.mark.parametrize("after_step", [0, 1, 9, 10, 11, 20, 30])
+def test_lines_after_the_checkpoint_are_cut(tmp_path: Path, after_step: int) -> None:
+    fill(tmp_path, 1, 20)
+    before = lines(tmp_path)
+    file = MetricsFile(tmp_path, after_step=after_step)
+    file.close()
+    kept = [line for line in before if json.loads(line)["step"] <= after_step]
+    assert lines(tmp_path) == kept
+    assert file.cut_lines == len(before) - len(kept)
+
+
+def test_a_torn_last_line_is_cut_at_every_length(tmp_path: Path) -> None:
+    fill(tmp_path, 1, 7)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    start = whole[:-1].rfind(b"\n") + 1
+    for end in range(start + 1, len(whole)):
+        (tmp_path / "metrics.jsonl").write_bytes(whole[:end])
+        file = MetricsFile(tmp_path, after_step=100)
+        file.close()
+        assert file.cut_lines == 1
+        assert (tmp_path / "metrics.jsonl").read_bytes() == whole[:start]
+
+
+def test_going_on_gives_the_file_of_an_undisturbed_run(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    fill(one, 1, 30)
+    fill(two, 1, 17)
+    fill(two, 11, 23)
+    fill(two, 16, 30)
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+
+
+def config(run_dir: Path, wandb: WandbMode = WandbMode.off) -> TrainConfig:
+    made = TrainConfig(model=ModelConfig(layers=2, channels=16, heads=2, context=8), run_dir=str(run_dir), steps=20)
+    made.batch.sequences = 4
+    made.logging.wandb = wandb
+    return made
+
+
+def test_a_step_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(
+        config(tmp_path), active=True, run_id="x", after_step=9, ranks=2, device_name="NVIDIA H100 80GB HBM3"
+    )
+    reporter.start_clock()
+    reporter.step(step=10, loss=3.25, lr=1e-3, grad_norm=0.5, tokens=320)
+    reporter.step(step=11, loss=3.0, lr=1e-3, grad_norm=0.5, tokens=352)
+    reporter.evaluation(step=11, validation_loss=3.5)
+    reporter.close()
+    first, second, evaluation = (json.loads(line) for line in lines(tmp_path))
+    assert first.keys() == {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu"}
+    assert (first["step"], first["loss"], first["tokens"]) == (10, 3.25, 320)
+    # MFU by its definition: (6N + 12·layers·channels·context) · tokens/s ÷ peak of two H100
+    parameters = (50_257 + 8) * 16 + 2 * (12 * 256 + 13 * 16) + 32
+    flops = 6 * parameters + 12 * 2 * 16 * 8
+    assert second["mfu"] == pytest.approx(flops * second["tokens_per_s"] / (2 * 989e12))
+    assert evaluation == {"step": 11, "validation_loss": 3.5}
+    shown = capsys.readouterr().err
+    assert "step 10/20  loss 3.2500  lr 1.00e-03  gradient norm 0.500" in shown
+    assert "MFU" in shown
+    assert "step 11  validation loss 3.5000  perplexity 33.12" in shown
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = Reporter(config(tmp_path), active=False, run_id="x", after_step=0, ranks=2, device_name="cpu")
+    reporter.step(step=10, loss=3.25, lr=1e-3, grad_norm=0.5, tokens=320)
+    reporter.evaluation(step=10, validation_loss=3.5)
+    reporter.sync()
+    reporter.close()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().err == ""
+
+
+def test_peaks_are_of_the_device_named() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", Precision.bf16) == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", Precision.bf16) == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB", Precision.bf16) == 312e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", Precision.fp32) is None
+    assert peak_flops("cpu", Precision.bf16) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(6.4, "6 s"), (245, "4 min 5 s"), (12_000, "3 h 20 min"), (93_600, "1 d 2 h"), (59.6, "1 min 0 s")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of wandb's own dependencies
+def test_weights_and_biases_offline_keeps_its_run(tmp_path: Path) -> None:
+    told: list[str] = []
+    for step in (1, 2):
+        sink = Wandb(config(tmp_path, WandbMode.offline), "abc123", told.append)
+        sink.log({"step": step, "loss": 1.0})
+        sink.close()
+    assert told == []
+    folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert folders
+    assert all(name.endswith("-abc123") for name in folders)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_no_account_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    told: list[str] = []
+    sink = Wandb(config(tmp_path, WandbMode.online), "abc123", told.append)
+    sink.log({"step": 1, "loss": 1.0})
+    sink.close()
+    assert len(told) == 1
+    assert told[0].startswith("Weights & Biases is off for this start (")

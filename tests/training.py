@@ -1,0 +1,125 @@
+"""What the tests of training share: a folder of tokens, tiny settings, ranks as real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.token_writer import TokenShardWriter
+from data_pipeline.tokenizer import END_OF_TEXT
+
+WORKER = Path(__file__).parent / "train_worker.py"
+
+TINY: dict[str, Any] = {
+    "model.name": "tiny",
+    "model.layers": 2,
+    "model.channels": 16,
+    "model.heads": 2,
+    "model.context": 16,
+    "device": "cpu",
+    "precision": "fp32",
+    "batch.sequences": 8,
+    "batch.micro": 2,
+    "optimizer.lr": 3e-3,
+    "optimizer.warmup_steps": 5,
+    "evaluate.every_steps": 10,
+    "evaluate.sequences": 8,
+    "checkpoint.every_steps": 10,
+    "checkpoint.keep_last": 0,
+    "logging.every_steps": 10,
+    "distributed.timeout_s": 60.0,
+}
+
+
+def write_tokens(folder: Path, *, documents: int = 300, seed: int = 0) -> Path:
+    """Token shards of random documents over 200 tokens of unequal likelihood; the last tenth validates."""
+    generator = np.random.default_rng(seed)
+    likelihood = 1.0 / np.arange(1, 201)
+    likelihood /= likelihood.sum()
+    folder.mkdir(parents=True)
+    with TokenShardWriter(folder, shard_tokens=4096, tokenizer_sha256="0" * 64) as writer:
+        for index in range(documents):
+            tokens = generator.choice(200, size=int(generator.integers(20, 60)), p=likelihood).astype(np.uint16)
+            tokens[-1] = END_OF_TEXT
+            split = "train" if index < documents * 9 // 10 else "validation"
+            writer.append(split, tokens, index=index, url=f"https://example.com/{index}", digest=f"{index:064x}")
+        writer.finish(made_from="a test", settings={})
+    return folder
+
+
+class Ranks:
+    """Processes of one start of a run, ranks 0 to n - 1, on this machine."""
+
+    def __init__(self, folder: Path, jobs: Sequence[Mapping[str, Any]], ranks: int) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "jobs.json").write_text(json.dumps(list(jobs)))
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.processes = []
+        for rank in range(ranks):
+            environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            if ranks > 1:
+                environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+            with open(folder / f"stderr.{rank}", "w") as output:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, str(WORKER), str(folder / "jobs.json"), str(folder / "answers.json")],
+                        env=environment,
+                        stdout=output,
+                        stderr=output,
+                        cwd=WORKER.parent.parent,
+                    )
+                )
+
+    def wait(self, timeout_s: float = 120) -> list[int]:
+        """Exit codes by rank; processes that are not done by then are killed and the test fails."""
+        end = time.monotonic() + timeout_s
+        try:
+            return [p.wait(max(end - time.monotonic(), 0.1)) for p in self.processes]
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"not done in {timeout_s:g} s:\n{self.stderr(0)[-3000:]}") from None
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+
+    def answers(self, rank: int = 0) -> list[dict[str, Any]]:
+        return json.loads((self._folder / f"answers.json.{rank}").read_text())
+
+    def stderr(self, rank: int = 0) -> str:
+        return (self._folder / f"stderr.{rank}").read_text()
+
+
+def read_metrics(run_dir: Path) -> tuple[dict[int, float], dict[int, float]]:
+    """Losses and validation losses by step. Fails on a step that is there twice or a line that is no JSON."""
+    losses: dict[int, float] = {}
+    validation: dict[int, float] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        series, value = (losses, entry["loss"]) if "loss" in entry else (validation, entry["validation_loss"])
+        assert entry["step"] not in series, f"step {entry['step']} is there twice"
+        series[entry["step"]] = value
+    return losses, validation
+
+
+def written_steps(run_dir: Path) -> int:
+    """Lines of metrics.jsonl so far."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
