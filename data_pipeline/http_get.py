@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
+from types import SimpleNamespace
 
 import aiohttp
 import yarl
@@ -33,13 +34,15 @@ DRAINED_BYTES = 16_384
 
 
 class FetchError(Exception):
-    """`reason` is one of the fetch's typed reasons; `passing`: it may be gone at the next try."""
+    """`reason` is one of the fetch's typed reasons; `passing`: it may be gone at the next try; `stale`: the server had
+    closed the kept-alive connection, so that this was no try at all."""
 
-    def __init__(self, reason: str, detail: str, *, passing: bool = False) -> None:
+    def __init__(self, reason: str, detail: str, *, passing: bool = False, stale: bool = False) -> None:
         super().__init__(detail)
         self.reason = reason
         self.detail = detail[:500]
         self.passing = passing
+        self.stale = stale
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,11 @@ class HttpClient:
             max_line_size=config.max_header_bytes,
             max_field_size=config.max_header_bytes,
             max_headers=MAX_HEADERS,
+            trace_configs=[_note_reuse()],
         )
+        # aiohttp would send a request again by itself when a kept-alive connection turns out to be closed: behind the
+        # back of the host's delay and of the audit log. Internal, but read afresh at every request.
+        self._session._retry_connection = False
 
     async def close(self) -> None:
         await self._session.close()
@@ -148,6 +155,7 @@ class HttpClient:
         timeout = aiohttp.ClientTimeout(
             total=timeout_s, connect=min(timeout_s, self.config.connect_timeout_s), ceil_threshold=1e9
         )
+        connection = {"reused": False}
         try:
             async with self._session.get(
                 yarl.URL(url, encoded=True),
@@ -155,6 +163,7 @@ class HttpClient:
                 ssl=self._tls,
                 timeout=timeout,
                 headers={"Connection": "close"} if last else None,
+                trace_request_ctx=connection,
             ) as response:
                 assert isinstance(response, _Response)
                 head = self._head(url, response)
@@ -166,7 +175,9 @@ class HttpClient:
         except FetchError:
             raise
         except Exception as e:
-            raise _typed(e, timeout_s) from e
+            failure = _typed(e, timeout_s)
+            failure.stale = connection["reused"] and isinstance(e, (aiohttp.ServerDisconnectedError, ConnectionError))
+            raise failure from e
 
     def _head(self, url: str, response: _Response) -> Reply:
         size = sum(len(k) + len(v) + 4 for k, v in response.raw_headers)
@@ -211,6 +222,17 @@ class HttpClient:
             await response.read()
         else:
             response.close()
+
+
+def _note_reuse() -> aiohttp.TraceConfig:
+    """Sets "reused" in a request's trace_request_ctx when it goes out on a connection that was kept alive."""
+
+    async def note(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: object) -> None:
+        context.trace_request_ctx["reused"] = True
+
+    config = aiohttp.TraceConfig()
+    config.on_connection_reuseconn.append(note)
+    return config
 
 
 def _typed(error: Exception, timeout_s: float) -> FetchError:

@@ -75,6 +75,7 @@ class _Job:
     tries: int = 0
     requests: int = 0
     spent_s: float = 0.0
+    was_stale: bool = False
 
 
 class _Host:
@@ -455,13 +456,16 @@ class Scheduler:
         self._enqueue(job, moment)
 
     def _retry_or_fail(self, host: _Host, job: _Job, error: FetchError) -> None:
-        no_answer = error.reason in GIVE_UP_REASONS
+        no_answer = error.reason in GIVE_UP_REASONS and not error.stale
         host.failures += no_answer
         if no_answer and host.failures >= GIVE_UP_AFTER:
             why = f"{host.name} gave no answer {host.failures} times in a row, the last time: {error.detail}"
             waiting, host.queue = host.queue, []
             for _, _, other in [(0.0, 0, job), *waiting]:
                 self._decide(other, FAILED, error.reason, why)
+        elif error.stale and not job.was_stale:
+            job.was_stale = True
+            self._enqueue(job)
         elif error.passing and job.tries < self.config.retries:
             self._again(job, time.monotonic() + self._retry_wait_s(job))
         else:
