@@ -170,8 +170,11 @@ def _arrange(documents: pa.Table, config: TokenizeConfig) -> tuple[np.ndarray, n
     index = documents["index"].to_numpy()
     order = np.lexsort((index, order_key[:, 1], order_key[:, 0]))
     validation = split_key < np.uint64(int(config.validation_fraction * 2**64))
-    if config.validation_fraction > 0 and count >= 2 and validation.all() | (~validation).all():
-        # So few documents that chance left a split empty: it gets the one whose hash lies nearest to it.
-        by_key = np.lexsort((index, split_key))
-        validation[by_key[-1] if validation.all() else by_key[0]] ^= True
+    # So few documents that chance left a split empty: it gets the one whose hash lies nearest to it. One document alone
+    # is for training.
+    by_key = np.lexsort((index, split_key))
+    if validation.all():
+        validation[by_key[-1:]] = False
+    elif config.validation_fraction > 0 and count >= 2 and not validation.any():
+        validation[by_key[0]] = True
     return validation, order
