@@ -32,6 +32,7 @@ TRACKING_PARAMETERS = frozenset(
 )  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _C0_OR_SPACE = "".join(map(chr, range(0x21)))
 _FORBIDDEN_IN_HOST = frozenset(map(chr, range(0x21))) | frozenset('#/:<>?@[\\]^|%"`{}\x7f')  # "forbidden domain" +
 _PATH_SAFE = frozenset(b"!$%&'()*+,-./:;=@[\\]_|~") | frozenset(
@@ -64,8 +65,7 @@ def normalize(url: str, config: UrlListConfig, base: str | None = None) -> str:
     """
     if len(url) > config.max_url_bytes and len(url.encode("utf-8", "replace")) > config.max_url_bytes:
         raise InvalidUrl(f"longer than url_list.max_url_bytes={config.max_url_bytes}", "url_too_long")
-    # U+FFFD for lone surrogates, as the standard's input is a string of scalar values.
-    text = url.encode("utf-8", "replace").decode() if not url.isascii() else url
+    text = url if url.isascii() else _SURROGATE.sub("\ufffd", url)  # the standard's input is a scalar value string
     text = text.strip(_C0_OR_SPACE).replace("\t", "").replace("\n", "").replace("\r", "")
     text = text.split("#", 1)[0]
     match = _SCHEME.match(text)

@@ -231,21 +231,20 @@ def test_real_files_are_read_fast_and_as_protego_reads_them() -> None:
         pytest.skip(f"{folder} is not there")
     paths = ["/", "/search?q=1", "/admin/x", "/wp-admin/", "/a/b/c.html", "/user/login", "/%7Euser/a", "/tag/x.php?x=1"]
     files = sorted(folder.iterdir())
-    slowest, decisions, differing = 0.0, 0, set()
+    slowest, ours = 0.0, {}
     for file in files:
         body = file.read_bytes()
         begin = time.thread_time()
         rules = parse_robots(body)
-        ours = [rules.decide(f"http://h{p}", "gpttrain").allowed for p in paths]
+        ours[file] = [rules.decide(f"http://h{p}", "gpttrain").allowed for p in paths]
         slowest = max(slowest, time.thread_time() - begin)
-        other = Protego.parse(body.decode("utf-8", "replace"))
-        theirs = [bool(other.can_fetch(f"http://h{p}", "gpttrain")) for p in paths]
-        decisions += len(paths)
-        if ours != theirs:
-            differing.add(file.name)
-    assert len(files) > 1000
-    assert decisions == len(files) * len(paths)
+    assert len(ours) > 1000
     assert slowest < 0.05
+    differing = set()
+    for file in files:
+        other = Protego.parse(file.read_bytes().decode("utf-8", "replace"))
+        if ours[file] != [bool(other.can_fetch(f"http://h{p}", "gpttrain")) for p in paths]:
+            differing.add(file.name)
     # Two begin with a byte-order mark, and in one a Sitemap line stands between two user-agent lines of one group.
     assert differing <= {"www.frontiersin.org", "www.iherb.com", "www.jimmyjohns.com"}
 
