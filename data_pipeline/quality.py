@@ -71,10 +71,10 @@ SENTENCE_TERMINAL = _code_points(_SENTENCE_TERMINAL_RANGES)
 _WORD = re.compile(
     r"""
     n['’]t\b | ['’](?:s|m|d|re|ve|ll)\b  # a contraction's second half
-  | https?://\S*[\w/]
+  | https?://\S*[\w/] | and/or\b
   | (?:Mrs?|Ms|Dr|St|Jr|Sr|Prof|Co|Corp|Inc|Ltd|Gov|Sen|Rep|Gen|Mt|vs|[^\W\d_](?:\.[^\W\d_])*)\.(?!\w)
   | \d+(?:[.,]\d+)*(?=(?:[kdcmµn]?m|ha|yd|in|ft|[km]?g|t|lb|oz|mph|[kKmMgGtT][bB]|[TGMK])\b)
-  | \w+?(?=n['’]t\b) | can(?=not\b)
+  | \w+?(?=n['’]t\b) | [Cc]an(?=not\b)
   | (?:(?<!\S)[/@\\~])?\w+
     (?: (?: [@&(){}\[\]$%\#;!?\\|`^~\"“”]+ | :: | (?<![a-z])\.(?=\w) | \.(?![A-Z])
           | ['’](?!(?:s|m|d|re|ve|ll)\b)
@@ -86,7 +86,7 @@ _WORD = re.compile(
     re.VERBOSE,
 )
 # The look-behind keeps a long row of dots from being tried from each of its dots.
-_SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?=\s|$)")
+_SENTENCE_END = re.compile(r"(?<![.!?…])(?!\.\.|…)[.!?…]+[\"'”’)\]]*(?=\s|$)")
 _PARAGRAPH_BREAK = re.compile(r"\n{2,}")
 _LINE_BREAK = re.compile(r"\n+")
 
@@ -99,7 +99,10 @@ def split_words(text: str) -> list[str]:
 
 
 def count_sentences(line: str) -> int:
-    """Sentences of a line: ends with . ! ? or … before a blank, and one more if text follows the last end."""
+    """Sentences of a line: ends with . ! or ? before a blank, and one more if text follows the last end.
+
+    An ellipsis ends no sentence.
+    """
     ends = [m.end() for m in _SENTENCE_END.finditer(line)]
     return len(ends) + bool(line[ends[-1] if ends else 0 :].strip())
 
