@@ -181,18 +181,19 @@ def why_not_done(step: Step, hashes: Hashes) -> str | None:
     if before != now:
         changed = [k for k in sorted({*before, *now}) if before.get(k) != now.get(k)]
         return "settings changed: " + ", ".join(f"{k} {before.get(k)} → {now.get(k)}" for k in changed)
-    inputs = {_name(p, step): hashes.of(p) for p in step.inputs}
+    inputs = _hashes_of(step.inputs, step, hashes)
     if marker.get("inputs") != inputs:
         old = marker.get("inputs", {})
         changed = [k for k in sorted({*old, *inputs}) if old.get(k) != inputs.get(k)]
         return f"input changed: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}"
-    for path in step.outputs or recorded_outputs(step, marker):
-        expected, got = marker.get("outputs", {}).get(_name(path, step)), hashes.of(path)
+    written = marker.get("outputs", {})
+    defects = []
+    for name, got in _hashes_of(step.outputs or recorded_outputs(step, marker), step, hashes).items():
         if got is None:
-            return f"{path.name} is missing"
-        if got != expected:
-            return f"{path.name} is damaged (sha256 {got[:12]}…, written as {str(expected)[:12]}…)"
-    return None
+            defects.append(f"{name} is missing")
+        elif got != written.get(name):
+            defects.append(f"{name} is damaged (sha256 {got[:12]}…, written as {str(written.get(name))[:12]}…)")
+    return "; ".join(defects) or None
 
 
 def recorded_outputs(step: Step, marker: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -207,8 +208,8 @@ def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Se
             "stage": step.stage,
             "version": step.version,
             "settings": dict(step.settings),
-            "inputs": {_name(p, step): hashes.of(p) for p in step.inputs},
-            "outputs": {_name(p, step): hashes.of(p) for p in step.outputs or outputs},
+            "inputs": _hashes_of(step.inputs, step, hashes),
+            "outputs": _hashes_of(step.outputs or outputs, step, hashes),
             "counts": dict(counts),
         },
         step.marker,
@@ -224,5 +225,10 @@ def prune(folder: Path, keep: Sequence[Path]) -> list[Path]:
     return gone
 
 
-def _name(path: Path, step: Step) -> str:
-    return os.path.relpath(path, step.folder.parent)
+def _hashes_of(paths: Sequence[Path], step: Step, hashes: Hashes) -> dict[str, str | None]:
+    """sha256 by a name that stays when the corpus is moved: below its folder the path, else number and file name."""
+    corpus = step.folder.parent
+    return {
+        path.relative_to(corpus).as_posix() if path.is_relative_to(corpus) else f"{i}:{path.name}": hashes.of(path)
+        for i, path in enumerate(paths)
+    }
