@@ -35,8 +35,9 @@ from launch.machine import LOOPBACK, count_cores
 from launch.rank import LAUNCHER_PID, file_of
 
 POLL_S = 0.05
-PEER_GRACE_S = 10.0
-STARTER_GRACE_S = 10.0
+PEER_GRACE_S = 10.0  # what gloo and NCCL take to notice a dead peer, and gpt2train to say so
+STARTER_GRACE_S = 10.0  # for torchrun or deepspeed to notice that its ranks are gone, and end
+SETTLE_S = 1.0  # for the last files of ranks whose starter is gone
 LAST_LINES = 20
 STARTER_LOG = "starter.log"
 # A closed terminal is a request to stop, like SIGTERM; the others are handed on as they are.
@@ -55,6 +56,8 @@ class Start:
     arguments: list[str]
     environment: dict[str, str]
     """What is added to this process's environment."""
+    rank: int | None = None
+    """The rank that it is; None for a starter that starts them all."""
 
     def line(self) -> str:
         """As a POSIX shell takes it."""
@@ -86,6 +89,7 @@ def plan(
                 Start(
                     rank,
                     {"RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(processes), **rendezvous, **shared},
+                    rank=r,
                 )
                 for r in range(processes)
             ]
@@ -156,11 +160,14 @@ class _Ranks:
                     with contextlib.suppress(FileNotFoundError):
                         known[rank] = json.loads(file_of(self.log_dir, rank, kind).read_text(encoding="utf-8"))
 
-    def mourn(self, starters: Sequence[int | None], now_s: float) -> None:
-        """With a starter per rank: one that is gone and has left no `ended` file was killed, and its rank with it."""
-        for rank, code in enumerate(starters):
-            if code is not None and rank not in self.ended:
-                self.ended[rank] = {"code": code, "ended_s": now_s}
+    def mourn(self, rank: int, code: int) -> None:
+        """The process around `rank` is gone, with exit code `code`. Without an `ended` file it was killed, and the rank
+        with it; whatever the rank had started goes now."""
+        if rank not in self.ended:
+            if rank in self.started:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.started[rank]["rank_pid"], signal.SIGKILL)
+            self.ended[rank] = {"code": code, "ended_s": time.monotonic()}
 
     def running(self) -> list[int]:
         return [rank for rank in self.started if rank not in self.ended]
@@ -220,7 +227,7 @@ def run_ranks(starts: Sequence[Start], *, processes: int, log_dir: Path, stop_ti
                             start_new_session=True,  # so that Ctrl-C reaches the launcher alone
                         )
                     )
-            told = _watch(ranks, starters, received, terminal, stop_timeout_s)
+            told = _watch(ranks, starts, starters, received, terminal, stop_timeout_s)
         finally:
             _clear_away(ranks, starters)
             terminal.copy()
@@ -229,6 +236,7 @@ def run_ranks(starts: Sequence[Start], *, processes: int, log_dir: Path, stop_ti
 
 def _watch(
     ranks: _Ranks,
+    starts: Sequence[Start],
     starters: Sequence[subprocess.Popen[bytes]],
     received: deque[signal.Signals],
     terminal: _Tail,
@@ -245,8 +253,9 @@ def _watch(
         ranks.look()
         terminal.copy()
         now_s = time.monotonic()
-        if len(starters) == ranks.count:
-            ranks.mourn(gone, now_s)
+        for start, code in zip(starts, gone, strict=True):
+            if start.rank is not None and code is not None:
+                ranks.mourn(start.rank, code)
         if len(ranks.ended) == ranks.count:
             return told
         if None not in gone:
@@ -254,7 +263,7 @@ def _watch(
                 return told
             if starters_gone_s is None:
                 starters_gone_s = now_s
-            elif now_s > starters_gone_s + STARTER_GRACE_S:
+            elif now_s > starters_gone_s + SETTLE_S:
                 _say(f"the starter is gone (exit code {gone[0]}) and its ranks run on: killing them")
                 return told
         while received:
