@@ -274,9 +274,12 @@ _ARC_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S*) (\d+)\s*$")
 _ARC2_LINE = re.compile(rb"(\S.*) (\S+) (\d{8,14}) (\S+) (\d+) (\S+) (\S+) (\d+) (\S+) (\d+)\s*$")
 
 
+_WARC_HEAD = re.compile(rb"WARC/\d\.\d+\r?\n(?:[A-Za-z-]+:[^\n]*\n)*?WARC-Type:", re.IGNORECASE)
+
+
 def _starts_record(data: bytes) -> bool:
     line = data.split(b"\n", 1)[0]
-    return line.startswith(b"WARC/") or re.match(rb"[a-z]{2,12}:\S", line) is not None
+    return line.startswith(b"WARC/") or _ARC_LINE.match(line) is not None
 
 
 @dataclass
@@ -372,7 +375,7 @@ class _Archive:
 
     def resync(self, offset: int) -> int:
         """The next offset behind `offset` at which a record may start; the file's end if there is none."""
-        marks = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd", "plain": b"\nWARC/"}
+        marks = {"gzip": b"\x1f\x8b\x08", "zstd": b"\x28\xb5\x2f\xfd", "plain": b"WARC/"}
         mark = marks[self.form]
         at = offset + 1
         while at < self.size:
@@ -381,9 +384,10 @@ class _Archive:
             if found < 0:
                 at += max(1, len(block) - len(mark) + 1)
                 continue
-            candidate = at + found + (1 if self.form == "plain" else 0)
+            candidate = at + found
             try:
-                if _starts_record(self._reader(candidate).read(4096)):
+                head = self._reader(candidate).read(4096)
+                if _WARC_HEAD.match(head) or (self.form != "plain" and _starts_record(head)):
                     return candidate
             except WarcError:
                 pass
