@@ -23,7 +23,7 @@ def launch(config: LaunchConfig, command: Sequence[str], run_dir: Path) -> int:
     faults = [*check(config), *machine_faults(config, gpus)]
     if faults:
         raise ConfigError(faults)
-    processes = config.processes or max(1, gpus)
+    processes = rank_count(config, gpus)
     log_dir = Path(config.log_dir) if config.log_dir else Path(run_dir) / "logs"
     port = config.port or machine.free_port()
     starts = local.plan(config.starter, command, processes=processes, port=port, log_dir=log_dir)
@@ -31,6 +31,13 @@ def launch(config: LaunchConfig, command: Sequence[str], run_dir: Path) -> int:
         print("\n".join(dry_run_lines(starts)))
         return 0
     return local.run_ranks(starts, processes=processes, log_dir=log_dir, stop_timeout_s=config.stop_timeout_s)
+
+
+def rank_count(config: LaunchConfig, gpus: int | None = None) -> int:
+    """How many processes `launch` would start: `processes`, or one per GPU, or one. `gpus`: where counted already."""
+    if gpus is None:
+        gpus = 0 if config.gpus is Gpus.none else machine.count_gpus()
+    return config.processes or max(1, gpus)
 
 
 def dry_run_lines(starts: Sequence[local.Start]) -> list[str]:

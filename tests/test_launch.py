@@ -18,7 +18,7 @@ import pytest
 from gpt2train import config as training
 from launch import local, machine
 from launch.config import REQUEUE_EXIT_CODE, ConfigError, Gpus, LaunchConfig, LaunchError, Starter, check
-from launch.run import dry_run_lines, launch, machine_faults
+from launch.run import dry_run_lines, launch, machine_faults, rank_count
 
 DEEPSPEED = pytest.param(Starter.deepspeed, marks=pytest.mark.slow)
 STARTERS = [Starter.plain, Starter.torchrun, DEEPSPEED]
@@ -388,7 +388,10 @@ def test_one_process_per_gpu(
     for visible, processes in (("0,1,2", 3), ("", 1)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert launch(LaunchConfig(dry_run=True), ["true"], tmp_path) == 0
-        assert capsys.readouterr().out.count(" RANK=") == processes
+        assert capsys.readouterr().out.count(" RANK=") == processes == rank_count(LaunchConfig())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert rank_count(LaunchConfig(gpus=Gpus.none)) == 1
+    assert rank_count(LaunchConfig(processes=2)) == 2
 
 
 @pytest.mark.parametrize(
