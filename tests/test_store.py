@@ -101,7 +101,7 @@ def test_a_step_stands_until_something_changes(tmp_path: Path) -> None:
     (tmp_path / "s" / "out.txt").write_text("resulT")
     assert "out.txt is damaged" in str(why_not_done(step, Hashes()))
     (tmp_path / "s" / "out.txt").unlink()
-    assert why_not_done(step, Hashes()) == "out.txt is missing"
+    assert why_not_done(step, Hashes()) == "s/out.txt is missing"
 
 
 @pytest.mark.parametrize("torn", [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe"])
