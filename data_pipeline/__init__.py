@@ -10,9 +10,11 @@ The rooms, in the order the data flows:
     fetch          URLs → responses in WARC files, politely and safely; a journal that survives kill -9
     warc           writing and reading WARC records
     extract        HTML → text, in a process that can be killed
+    html_text      one page's bytes → clean text: what extract's process runs
     language       which language a text is in
     quality        rules of Gopher, C4, FineWeb and OpenWebText → kept, or dropped with a reason
     dedup          exact and near duplicates; the best of a cluster stays
+    ngrams         words → 64-bit hashes of n-grams, by a fixed, versioned function
     contamination  n-grams of evaluation sets in the corpus
     tokenizer      GPT-2 byte-pair encoding, checked by hash, without a download
     pack           documents → shuffled token shards, train and validation

@@ -7,7 +7,7 @@ answer at once. Files in `configs/corpus/` hold only what a recipe changes. `che
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 STAGES = ("urls", "fetch", "extract", "filter", "dedup", "decontaminate", "tokenize")
@@ -309,6 +309,24 @@ def check(config: CorpusConfig) -> list[str]:
         "must hold six ratios (n = 5 to 10) or none",
         "give [.15,.14,.13,.12,.11,.10]",
     )
+    for name in ("max_html_bytes", "max_memory_mb"):
+        value = getattr(c.extract, name)
+        require(value > 0, f"extract.{name}", value, "must be above 0", "leave it out")
+    require(
+        c.extract.min_characters >= 0,
+        "extract.min_characters",
+        c.extract.min_characters,
+        "must be 0 or more",
+        "give 100",
+    )
+    for rule in fields(QualityConfig):
+        value = getattr(c.quality, rule.name)
+        if not isinstance(value, bool):
+            lowest = min(value, default=0) if isinstance(value, list) else value
+            require(lowest >= 0, f"quality.{rule.name}", value, "must be 0 or more", "leave it out")
+    for name in ("ngram", "drop_ngram"):
+        value = getattr(c.decontaminate, name)
+        require(value > 0, f"decontaminate.{name}", value, "must be above 0 words", "leave it out")
     for name in ("ngram", "bands", "rows"):
         require(getattr(c.dedup, name) > 0, f"dedup.{name}", getattr(c.dedup, name), "must be above 0", "leave it out")
     require(
