@@ -62,6 +62,7 @@ def main() -> int:
             f"urls={out / 'urls.txt'}",
             f"out={corpus}",
             f"fetch.allow_addresses=[{address}]",
+            "fetch.contact=https://example.org/gpt2train-demo",
             "fetch.delay_s=0",
             f"tokenize.validation_fraction={VALIDATION_FRACTION}",
         )

@@ -38,7 +38,10 @@ class ConfigError(PipelineError):
 
     def __init__(self, faults: Sequence[str]) -> None:
         self.faults = list(faults)
-        super().__init__("\n".join(self.faults))
+        super().__init__(self.faults)  # as its arguments, so that it comes whole through a pickle from a worker
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
 
 
 class InputError(PipelineError):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.executors import TRIES, LocalExecutor, Task, tick
-from data_pipeline.records import InputError, PipelineError
+from data_pipeline.records import ConfigError, InputError, PipelineError
 
 
 def square(n: int) -> dict[str, Any]:
@@ -35,6 +35,10 @@ def always_die() -> dict[str, Any]:
 
 def refuse() -> dict[str, Any]:
     raise InputError("urls=x: there is no such file")
+
+
+def refuse_all() -> dict[str, Any]:
+    raise ConfigError(["a=1: wrong", "b=2: wrong too"])
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -66,6 +70,13 @@ def test_a_task_that_always_dies_is_named() -> None:
 def test_an_error_of_a_task_reaches_the_caller_as_it_is() -> None:
     with pytest.raises(InputError, match="there is no such file"), LocalExecutor(1) as executor:
         executor.run([Task("bad", refuse)], on_done=lambda task, result: None)
+
+
+def test_faults_come_through_as_a_list() -> None:
+    with pytest.raises(ConfigError) as error, LocalExecutor(1) as executor:
+        executor.run([Task("bad", refuse_all)], on_done=lambda task, result: None)
+    assert error.value.faults == ["a=1: wrong", "b=2: wrong too"]
+    assert str(error.value) == "a=1: wrong\nb=2: wrong too"
 
 
 PARENT = """
