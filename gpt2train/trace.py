@@ -74,8 +74,9 @@ def steps_of_url(split: TokenSplit, config: TrainConfig, url: str, *, last_step:
             if start < document.stop and document.start < stop:
                 by_window.setdefault(window, []).append(document)
     wanted = np.array(sorted(by_window), dtype=np.int64)
-    # Batches are cut from one endless row of sequences, so one of `bundle` times the size is `bundle` steps at once.
-    bundle = max(SCAN_SEQUENCES // order.sequences, 1)
+    # Batches are cut from one endless row of sequences, so one of `bundle` times the size is `bundle` steps at once. It
+    # holds about an epoch at most, as the order makes each epoch by itself.
+    bundle = max(min(SCAN_SEQUENCES, order.windows) // order.sequences, 1)
     bundles = BatchOrder(order.seed, order.windows, order.sequences * bundle)
     seen = []
     for number in range(-(-last_step // bundle) if len(wanted) else 0):
