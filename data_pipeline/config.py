@@ -71,7 +71,8 @@ class FetchConfig:
     hosts_file: str = ""
     """Names to resolve from a file in the format of hosts(5) before DNS; the addresses are vetted all the same."""
     concurrency: int = 128
-    """Requests under way at once, over all hosts, in one process."""
+    """Requests under way at once, over all hosts (one at a time to each), in one process. A request that takes longer
+    than 5 s no longer counts; of those there may be eight times as many."""
     processes: int = 1
     """Fetching processes; each owns whole registrable domains."""
     delay_s: float = 1.0
@@ -285,11 +286,26 @@ def check(config: CorpusConfig) -> list[str]:
         "must be a product token of letters, - and _ (RFC 9309, 2.2.1)",
         "leave it out or give your crawler's name",
     )
+    require(
+        re.fullmatch(r"(https?://[^\s()]+|[^\s@()]+@[^\s@()]+)?", f.contact) is not None,
+        "fetch.contact",
+        f.contact,
+        "must be a page or a mail address, as it goes into the user agent",
+        "give https://example.org/crawler or crawler@example.org",
+    )
     for name in ("concurrency", "processes", "max_page_bytes", "max_header_bytes", "max_warc_bytes"):
         require(getattr(f, name) > 0, f"fetch.{name}", getattr(f, name), "must be above 0", "leave it out")
     for name in ("connect_timeout_s", "timeout_s"):
         require(getattr(f, name) > 0, f"fetch.{name}", getattr(f, name), "must be above 0 s", "leave it out")
-    for name in ("delay_s", "max_crawl_delay_s", "max_redirects", "retries", "retry_wait_s", "tail_budget_s"):
+    for name in (
+        "delay_s",
+        "max_crawl_delay_s",
+        "max_redirects",
+        "retries",
+        "retry_wait_s",
+        "max_retry_after_s",
+        "tail_budget_s",
+    ):
         require(getattr(f, name) >= 0, f"fetch.{name}", getattr(f, name), "must be 0 or more", "leave it out")
     require(c.extract.timeout_s > 0, "extract.timeout_s", c.extract.timeout_s, "must be above 0 s", "leave it out")
     require(
