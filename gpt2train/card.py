@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .claim import RUN
-from .config import ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
+from .config import VOCABULARY, ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
 from .run_folder import EVALUATION, IMPORTED, VERSIONS, read_json, read_metrics, read_run_config, run_dir_of, series
 
 
@@ -33,7 +33,7 @@ def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:
     sections = [
         _front_matter(name, validation),
         f"# {_escaped(name)}\n\n{_what_it_is(model, step, imported)}",
-        _use(),
+        _use(model),
         "## Training\n\n" + _rows(_training_rows(model, state, config, step, tokens)),
         "## Evaluation\n\n" + _results(dict(series(metrics, "loss")).get(step), validation, evaluation),
         _LIMITATIONS,
@@ -89,7 +89,9 @@ def _imported(run_dir: Path | None) -> dict[str, Any]:
     return found if run_dir and found.get("run_id") == read_json(run_dir / RUN).get("id") else {}
 
 
-def _use() -> str:
+def _use(model: ModelConfig) -> str:
+    if model.vocabulary < VOCABULARY:
+        return "## Use\n\nIts vocabulary is not GPT-2's, so no tokenizer comes with it."
     return """## Use
 
 ```python

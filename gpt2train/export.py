@@ -55,6 +55,7 @@ def export_run(config: ExportConfig) -> int:
         _write_json(folder / "config.json", hf_config(model))
         _write_json(folder / "generation_config.json", generation_config(model))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors keeps it from all others
         if model.vocabulary >= VOCABULARY:
             _write_tokenizer(folder, model)
         (folder / "README.md").write_text(model_card(source, state), encoding="utf-8")
