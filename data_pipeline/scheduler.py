@@ -18,15 +18,14 @@ import itertools
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from data_pipeline.config import FetchConfig
-from data_pipeline.fetch_journal import ShardLog
+from data_pipeline.fetch_queue import FetchShard, Host, Job, OpenShard
 from data_pipeline.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
 from data_pipeline.page_rules import REDIRECTS, page_body, redirect_target, wants_body
 from data_pipeline.records import DROPPED, FAILED, KEPT, AccountingError
@@ -52,65 +51,6 @@ SYNC_EVERY_S = 2.0
 PROGRESS_EVERY_S = 0.2
 TAIL_SHARE = 0.99
 """`tail_budget_s` runs once this share of the URLs is done."""
-
-
-@dataclass(frozen=True)
-class FetchShard:
-    """`urls`: a file of URL_SCHEMA, sorted by index; `folder`: where journal and audit log of shard `number` lie."""
-
-    urls: Path
-    folder: Path
-    number: int
-
-
-@dataclass(slots=True)
-class _Job:
-    """One URL on its way: `url` is where the redirects so far have led."""
-
-    shard: OpenShard
-    index: int
-    original: str
-    url: str
-    seen: list[str] = field(default_factory=list)
-    tries: int = 0
-    requests: int = 0
-    spent_s: float = 0.0
-    was_stale: bool = False
-
-
-class _Host:
-    """A host's queue of (not before, sequence, job), and when it may be asked next."""
-
-    __slots__ = ("busy", "failures", "name", "next_start", "queue")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.queue: list[tuple[float, int, _Job]] = []
-        self.next_start = 0.0
-        self.busy = False
-        self.failures = 0
-
-    def due(self) -> float:
-        return max(self.next_start, self.queue[0][0])
-
-
-class OpenShard:
-    """A shard under way: its log, the rows not yet read, and how many of its URLs wait."""
-
-    def __init__(self, shard: FetchShard, corpus: Path, max_warc_bytes: int) -> None:
-        self.shard = shard
-        self.log = ShardLog(shard.folder, shard.number, corpus, max_warc_bytes)
-        self.waiting = 0
-        self.exhausted = False
-        self.rows = self._read()
-
-    def _read(self) -> Iterator[tuple[int, str]]:
-        with pq.ParquetFile(self.shard.urls) as parquet:
-            for batch in parquet.iter_batches(batch_size=1000, columns=["index", "url"]):
-                for index, url in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                    if index not in self.log.done:
-                        yield index, url
-        self.exhausted = True
 
 
 class _Flight:
@@ -164,9 +104,9 @@ class Scheduler:
         self.total = sum(pq.read_metadata(s.urls).num_rows for s in shards)
         self.done = 0
         self.reported = 0.0
-        self.hosts: dict[str, _Host] = {}
-        self.turns: list[tuple[float, int, _Host]] = []
-        self.resting: list[tuple[float, int, _Host]] = []
+        self.hosts: dict[str, Host] = {}
+        self.turns: list[tuple[float, int, Host]] = []
+        self.resting: list[tuple[float, int, Host]] = []
         self.sequence = itertools.count()
         self.robots = RobotsCache(client, config, self)
         self.fast = self.slow = self.slow_bytes = 0
@@ -225,7 +165,7 @@ class Scheduler:
     def _fill(self, shard: OpenShard) -> None:
         for index, url in itertools.islice(shard.rows, WAITING_URLS - shard.waiting):
             shard.waiting += 1
-            self._enqueue(_Job(shard, index, url, url))
+            self._enqueue(Job(shard, index, url, url))
         # Whether the iterator is at its end shows only at the next row.
         if shard.waiting < WAITING_URLS:
             shard.exhausted = True
@@ -235,19 +175,19 @@ class Scheduler:
             shard.log.close()
             self.open.remove(shard)
 
-    def _enqueue(self, job: _Job, not_before: float = 0.0) -> None:
+    def _enqueue(self, job: Job, not_before: float = 0.0) -> None:
         host = self._host(host_of(job.url))
         heapq.heappush(host.queue, (not_before, next(self.sequence), job))
         if not host.busy:
             self._schedule(host)
 
-    def _host(self, name: str) -> _Host:
+    def _host(self, name: str) -> Host:
         host = self.hosts.get(name)
         if host is None:
-            host = self.hosts[name] = _Host(name)
+            host = self.hosts[name] = Host(name)
         return host
 
-    def _schedule(self, host: _Host) -> None:
+    def _schedule(self, host: Host) -> None:
         heapq.heappush(self.turns, (host.due(), next(self.sequence), host))
 
     def _start_due(self, now: float) -> None:
@@ -323,14 +263,14 @@ class Scheduler:
                 with pq.ParquetFile(shard.shard.urls) as parquet:
                     for row in parquet.read(columns=["index", "url"]).to_pylist():
                         if row["index"] not in shard.log.done:
-                            job = _Job(shard, row["index"], row["url"], row["url"])
+                            job = Job(shard, row["index"], row["url"], row["url"])
                             self._decide(job, FAILED, "out_of_budget", why)
                 shard.log.close()
             self.open.clear()
 
     # ---- one turn of one host ----
 
-    async def _turn(self, host: _Host, job: _Job) -> None:
+    async def _turn(self, host: Host, job: Job) -> None:
         flight = _Flight(self)
         slow_down = asyncio.get_running_loop().call_later(SLOW_AFTER_S, flight.slow_down)
         try:
@@ -346,7 +286,7 @@ class Scheduler:
             else:
                 self._rest(host)
 
-    async def _robots_or_page(self, host: _Host, job: _Job, flight: _Flight) -> None:
+    async def _robots_or_page(self, host: Host, job: Job, flight: _Flight) -> None:
         rule = "fetch.robots=false: robots.txt is not asked for"
         if self.config.robots:
             origin = origin_of(job.url)
@@ -399,7 +339,7 @@ class Scheduler:
         site = self.robots.known(origin_of(url)) if self.config.robots else None
         return max(self.config.delay_s, site.delay_s if site is not None else 0.0)
 
-    def _rest(self, host: _Host) -> None:
+    def _rest(self, host: Host) -> None:
         heapq.heappush(self.resting, (host.next_start, next(self.sequence), host))
 
     def next_start(self, name: str) -> float:
@@ -411,7 +351,7 @@ class Scheduler:
         if not host.queue and not host.busy:
             self._rest(host)
 
-    def _judge(self, host: _Host, job: _Job, reply: Reply) -> None:
+    def _judge(self, host: Host, job: Job, reply: Reply) -> None:
         """Response → kept, another turn, or FetchError."""
         if reply.status in REDIRECTS:
             self._follow(job, redirect_target(reply))
@@ -420,7 +360,7 @@ class Scheduler:
         else:
             self._decide(job, KEPT, None, None, reply, page_body(reply, self.config))
 
-    def _follow(self, job: _Job, target: str) -> None:
+    def _follow(self, job: Job, target: str) -> None:
         job.seen.append(job.url)
         if target in job.seen:
             raise FetchError("redirect_loop", f"back to {target[:300]} after {len(job.seen)} redirects")
@@ -429,7 +369,7 @@ class Scheduler:
         job.url = target
         self._enqueue(job)
 
-    def _back_off(self, host: _Host, job: _Job, reply: Reply) -> None:
+    def _back_off(self, host: Host, job: Job, reply: Reply) -> None:
         """429 and 5xx: the host rests, then the URL gets another try."""
         wait_s = retry_after_s(reply.header("retry-after"))
         if wait_s is not None and wait_s > self.config.max_retry_after_s:
@@ -444,10 +384,10 @@ class Scheduler:
             self.rest_until(host.name, moment)
         self._again(job, moment)
 
-    def _retry_wait_s(self, job: _Job) -> float:
+    def _retry_wait_s(self, job: Job) -> float:
         return self.config.retry_wait_s * 2**job.tries * (1 + self.random.random() / 2)
 
-    def _again(self, job: _Job, moment: float) -> None:
+    def _again(self, job: Job, moment: float) -> None:
         """From the start: redirects may lead elsewhere the next time."""
         job.tries += 1
         job.spent_s = 0.0
@@ -455,7 +395,7 @@ class Scheduler:
         job.url = job.original
         self._enqueue(job, moment)
 
-    def _retry_or_fail(self, host: _Host, job: _Job, error: FetchError) -> None:
+    def _retry_or_fail(self, host: Host, job: Job, error: FetchError) -> None:
         no_answer = error.reason in GIVE_UP_REASONS and not error.stale
         host.failures += no_answer
         if no_answer and host.failures >= GIVE_UP_AFTER:
@@ -474,7 +414,7 @@ class Scheduler:
 
     def _decide(
         self,
-        job: _Job,
+        job: Job,
         state: str,
         reason: str | None,
         detail: str | None,

@@ -951,6 +951,34 @@ def test_a_flipped_page_that_nothing_vouches_for_is_fetched_again(tmp_path: Path
     assert run.check_warcs() >= 1
 
 
+def test_whatever_a_power_cut_leaves_the_next_run_ends_whole(tmp_path: Path, site: Site) -> None:
+    """Journal and pages lose random ends, independently of each other, as files do that were not synced in time."""
+    run = killable(tmp_path, site, 24)
+    first = {u: outcome(r) for u, r in run.run().items()}
+    chance = random.Random(5)
+    for _ in range(12):
+        for shard in run.shards:
+            journal = journal_path(shard.folder, shard.number)
+            lines = [line for line in journal.read_bytes().split(b"\n") if line and b'"mark"' not in line]
+            data = b"\n".join(lines) + b"\n"
+            journal.write_bytes(data[: chance.randrange(len(data) + 1)])
+        for file in (tmp_path / "warc").iterdir():
+            fate = chance.randrange(4)
+            size = file.stat().st_size
+            if fate == 0:
+                file.unlink()
+            elif fate < 3:
+                os.truncate(file, chance.randrange(size + 1))
+            if fate == 2:
+                os.truncate(file, size)  # the length was written, the blocks were not
+        results = run.run()
+        assert {u: outcome(r) for u, r in results.items()} == first
+        assert run.check_warcs() >= 1
+        for url, row in results.items():
+            if row["state"] == "kept":
+                assert run.body(row).startswith(HTML + b"/" + url.rpartition("/")[2].encode())
+
+
 def test_a_full_disk_ends_the_run_and_leaves_no_half_record(
     tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
