@@ -374,7 +374,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
                 b.sequences % per_pass == 0,
                 "batch.micro",
                 b.micro,
-                f"batch.sequences={b.sequences} must be a multiple of batch.micro × {world_size} processes = {per_pass}",
+                f"batch.sequences={b.sequences} must be a multiple of batch.micro × {world_size} processes, {per_pass}",
                 f"give batch.sequences={-(-b.sequences // per_pass) * per_pass} or another batch.micro",
             )
     require(o.lr > 0, "optimizer.lr", o.lr, "must be above 0", "give 6e-4")
@@ -391,6 +391,13 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         0,
         "adds up bf16 gradients in bf16 (DeepSpeed#1800)",
         "give zero.stage=1, also on one GPU, or precision=fp32",
+    )
+    require(
+        not (c.compile and c.zero.stage == 3),
+        "compile",
+        "true",
+        "does not go with zero.stage=3, whose weights torch.compile sees as empty",
+        "give zero.stage=2 or compile=false",
     )
     for owner, name in (
         (c.checkpoint, "checkpoint.every_steps"),

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import Precision, TrainConfig, WandbMode, flops_per_token
+from .config import GPT2TrainError, Precision, TrainConfig, WandbMode, flops_per_token
 from .run_folder import METRICS
 
 PEAK_FLOPS = {
@@ -55,28 +55,42 @@ def peak_flops(device_name: str, precision: Precision) -> float | None:
 class MetricsFile:
     """`metrics.jsonl`, opened to go on after `step`: lines of later steps and a torn last line are cut off.
 
-    Every line is flushed as it is written; `sync()` before a checkpoint makes all of them outlive a power cut, so the
-    file never ends before the checkpoint that a run goes on from.
+    Every line reaches the kernel as it is written; `sync()` before a checkpoint makes all of them outlive a power cut,
+    so the file never ends before the checkpoint that a run goes on from.
     """
 
     def __init__(self, run_dir: Path, *, after_step: int) -> None:
-        path = run_dir / METRICS
-        self.cut_lines = _cut(path, after_step)
+        self._path = run_dir / METRICS
+        self.cut_lines = _cut(self._path, after_step)
         """Lines that were cut off: of steps after the checkpoint, or torn."""
-        self._file = open(path, "ab")  # noqa: SIM115 (held open for the whole run)
+        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held open for the whole run)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """One line. Numbers that are not finite become null, as JSON has no word for them."""
+        """One line. Numbers that are not finite become null, as JSON has no word for them.
+
+        Raises GPT2TrainError when the line cannot be stored.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
-        self._file.write(json.dumps(clean).encode() + b"\n")
-        self._file.flush()
+        line = json.dumps(clean).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> GPT2TrainError:
+        return GPT2TrainError(
+            f"{self._path}: cannot be written ({error.strerror}); the checkpoints are intact, make room and run the "
+            f"same command again"
+        )
 
     def close(self) -> None:
-        self.sync()
         self._file.close()
 
 

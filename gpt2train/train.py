@@ -172,6 +172,7 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
                 reporter.tell(f"stopped by a signal after step {step}, saved; the same command goes on from there")
                 return REQUEUE_EXIT_CODE
             reporter.start_clock()
+        reporter.sync()
         reporter.tell(f"{run.folder}: complete at step {config.steps}")
         return 0
     finally:

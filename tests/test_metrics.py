@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,24 @@ def test_going_on_gives_the_file_of_an_undisturbed_run(tmp_path: Path) -> None:
     fill(two, 11, 23)
     fill(two, 16, 30)
     assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+
+
+def test_a_full_disk_ends_in_one_line(tmp_path: Path) -> None:
+    """A real write error: the kernel refuses to let any file of the child grow beyond 1,000 bytes."""
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from gpt2train.metrics import MetricsFile\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "f = MetricsFile(Path(sys.argv[1]), after_step=0)\n"
+        "try:\n for step in range(1, 200): f.write({'step': step, 'loss': 1.0})\n"
+        "except Exception as e: print(type(e).__name__, e)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert "GPT2TrainError" in done.stdout, done.stderr
+    assert "metrics.jsonl: cannot be written (File too large); the checkpoints are intact" in done.stdout
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 1000
+    MetricsFile(tmp_path, after_step=10**6).close()
+    assert len(lines(tmp_path)) == 1000 // len(b'{"step": 10, "loss": 1.0}\n')
+    assert all(line.endswith(b"\n") for line in lines(tmp_path))
 
 
 def config(run_dir: Path, wandb: WandbMode = WandbMode.off) -> TrainConfig:
