@@ -11,6 +11,7 @@ in memory is about 250 bytes a document (its URL and digest above all).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -90,9 +91,10 @@ def write_token_shards(
     validation, order = _arrange(documents, config)
     lengths = documents["tokens"].to_numpy()
     partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
-    with storage_errors(out):
+    with storage_errors(out), contextlib.ExitStack() as on_failure:
         for left_by_a_killed_run in (partial, old):
             shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
+        on_failure.callback(shutil.rmtree, partial, ignore_errors=True)  # a full disk gets its room back
         partial.mkdir(parents=True)
 
         @functools.lru_cache(OPEN_PARTS)

@@ -13,7 +13,6 @@ with a message of their own; then they are killed.
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import fcntl
 import json
@@ -30,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from launch import rank as around_rank
 from launch.config import REQUEUE_EXIT_CODE, LaunchError, Starter
 from launch.machine import LOOPBACK, count_cores
 from launch.rank import LAUNCHER_PID, file_of
@@ -81,7 +81,8 @@ def plan(
         "OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS") or str(max(1, count_cores() // processes)),
         "PYTHONUNBUFFERED": "1",
     }
-    rank = [sys.executable, "-m", "launch.rank", str(log_dir.absolute()), *command]
+    # By its path, isolated: it needs the standard library alone, and no file in the working folder can pass for it.
+    rank = [sys.executable, "-I", "-S", around_rank.__file__, str(log_dir.absolute()), *command]
     match starter:
         case Starter.plain:
             rendezvous = {"WORLD_SIZE": str(processes), "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
@@ -335,7 +336,6 @@ class _Tail:
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._position = path, start
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._read_on = True
 
     def copy(self) -> None:
@@ -346,10 +346,14 @@ class _Tail:
                 f.seek(self._position)
                 while block := f.read(1 << 16):
                     self._position += len(block)
-                    sys.stdout.write(self._decode(block))
+                    sys.stdout.buffer.write(block)  # as it is, whatever the encoding of this terminal
             sys.stdout.flush()
-        except BrokenPipeError:  # nobody reads any more (`| head`): the run itself goes on
+        except BrokenPipeError:
+            # Nobody reads any more (`| head`): the run itself goes on, and Python's last flush finds an open door.
             self._read_on = False
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
 
 
 @contextlib.contextmanager

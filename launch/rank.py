@@ -1,6 +1,6 @@
 """Around one rank: its log file, its exit code, and its end when the launcher ends.
 
-    python -m launch.rank LOG_DIR COMMAND [ARGUMENT …]
+    python rank.py LOG_DIR COMMAND [ARGUMENT …]
 
 Every starter runs this in place of the command, because none of them hands on what a launcher needs: torchrun and the
 deepspeed launcher turn a rank's exit code into their own, kill ranks 30 seconds after a SIGTERM (a large checkpoint

@@ -308,6 +308,25 @@ def test_logs_are_kept_and_only_this_launchs_lines_are_shown(tmp_path: Path, cap
     assert err.count("first") == err.count("second") == 1
 
 
+def test_nobody_reading_the_output_does_not_end_the_run(place: Path) -> None:
+    launched = Launched(place, Starter.plain, "quick")
+    assert launched.process.stdout is not None
+    assert launched.process.stderr is not None
+    launched.process.stdout.close()
+    with launched.process.stderr as err:
+        assert launched.process.wait(60) == 0, err.read()
+    assert "hello from rank 0 ü" in launched.log(0)
+
+
+def test_a_file_named_launch_in_the_working_folder_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("launch.py", "json.py"):
+        (tmp_path / name).write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    assert launch(LaunchConfig(processes=1, gpus=Gpus.none), ["true"], tmp_path / "run") == 0
+
+
 def test_two_launches_in_one_folder(place: Path) -> None:
     launched = Launched(place, Starter.plain, "wait")
     launched.seen()

@@ -259,3 +259,4 @@ def test_no_room_keeps_what_was_there(texts: list[str], tmp_path: Path, limit_by
     assert done.returncode == StorageError.exit_code, done.stderr
     assert "run the same command again" in done.stdout
     assert content(out) == before
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "the room is given back"
