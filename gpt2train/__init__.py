@@ -8,9 +8,11 @@ The rooms, in the order a run meets them:
     data        token shards → the batch of a step, from seed and step alone
     model       GPT-2 in plain PyTorch
     optim       parameter groups, AdamW, the learning-rate schedule
+    distributed the run's processes: how they agree, and how a run ends when one does not answer
     engine      the one place that makes DeepSpeed's dictionary and starts it
     checkpoint  safetensors by parameter name: written beside, verified, published by a rename
     metrics     metrics.jsonl, the terminal line, Weights & Biases
+    claim       owning a run folder: its lock, its identity, what it refuses
     train       the loop
     evaluate    validation loss, perplexity of texts
     generate    sampling

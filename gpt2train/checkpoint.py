@@ -32,9 +32,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from .config import CheckpointError
-from .distributed import World, all_rows, on_rank_zero
-from .run_folder import CHECKPOINTS, checkpoint_folders
+from gpt2train.config import CheckpointError
+from gpt2train.distributed import World, all_rows, on_rank_zero
+from gpt2train.run_folder import CHECKPOINTS, checkpoint_folders
 
 FORMAT, VERSION = "gpt2train checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"

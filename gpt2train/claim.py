@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import CheckpointError, ConfigError, RunExistsError, TrainConfig
-from .run_folder import (
+from gpt2train.config import CheckpointError, ConfigError, RunExistsError, TrainConfig
+from gpt2train.run_folder import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,

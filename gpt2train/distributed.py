@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .config import ConfigError, Device, GPT2TrainError, PeerError
+from gpt2train.config import ConfigError, Device, GPT2TrainError, PeerError
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ActivationCheckpointing, Precision, TrainConfig, micro_batch, parameter_count
-from .distributed import World
-from .model import GPT
-from .optim import adamw
+from gpt2train.config import ActivationCheckpointing, Precision, TrainConfig, micro_batch, parameter_count
+from gpt2train.distributed import World
+from gpt2train.model import GPT
+from gpt2train.optim import adamw
 
 BUCKETS = 8
 """Parts that the gradients are reduced in, so that all but the last overlap with the backward pass. DeepSpeed's default

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .config import GPT2TrainError, Precision, TrainConfig, WandbMode, flops_per_token
-from .run_folder import METRICS
+from gpt2train.config import GPT2TrainError, Precision, TrainConfig, WandbMode, flops_per_token
+from gpt2train.run_folder import METRICS
 
 PEAK_FLOPS = {
     # Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (sparsity's factor of two taken off). The

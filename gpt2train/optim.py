@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import LRSchedule, OptimizerConfig
+from gpt2train.config import LRSchedule, OptimizerConfig
 
 SHORT_RUN_WARMUP = 10
 """A warm-up that is left to us takes at most one part in this many of the run."""

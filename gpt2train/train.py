@@ -31,9 +31,8 @@ import torch
 from omegaconf import OmegaConf
 
 from data_pipeline.token_shards import TokenShards
-
-from . import checkpoint, claim, distributed, engine
-from .config import (
+from gpt2train import checkpoint, claim, distributed, engine
+from gpt2train.config import (
     REQUEUE_EXIT_CODE,
     ConfigError,
     GPT2TrainError,
@@ -44,12 +43,12 @@ from .config import (
     micro_batch,
     parameter_count,
 )
-from .data import BatchOrder, TokenWindows, derive_seed, micro_batches
-from .distributed import World, all_sum, on_rank_zero
-from .evaluate import validation_loss
-from .metrics import Reporter
-from .optim import learning_rate, set_learning_rate, warmup_steps
-from .run_folder import CHECKPOINTS, CONFIG, VERSIONS, read_run_config, replace_file
+from gpt2train.data import BatchOrder, TokenWindows, derive_seed, micro_batches
+from gpt2train.distributed import World, all_sum, on_rank_zero
+from gpt2train.evaluate import validation_loss
+from gpt2train.metrics import Reporter
+from gpt2train.optim import learning_rate, set_learning_rate, warmup_steps
+from gpt2train.run_folder import CHECKPOINTS, CONFIG, VERSIONS, read_run_config, replace_file
 
 PACKAGES = ("gpt2train", "torch", "deepspeed", "numpy", "safetensors", "hydra-core", "wandb", "tiktoken")
 NAMED_DOCUMENTS = 20
