@@ -50,6 +50,7 @@ from data_pipeline.records import (
 PAGES_PER_PROCESS = 5_000
 # Importing the extractors takes 1 s on an idle core; a machine under full load gets this long.
 START_TIMEOUT_S = 120.0
+START_TRIES = 3
 # The clock's bound on a page, as a multiple of its processor time.
 WALL_FACTOR = 2.0
 
@@ -78,7 +79,8 @@ class Extractor:
         self.pages_per_process = pages_per_process
         self._child: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
-        self._pages = 0  # pages the present child was given
+        self.pages = 0
+        """Pages that the present child was given."""
 
     def __enter__(self) -> Extractor:
         return self
@@ -107,11 +109,11 @@ class Extractor:
         request = _REQUEST.pack(len(header), len(body)) + header + body
         numbers = {"html_bytes": len(body)}
         while True:
-            if self._pages >= self.pages_per_process:
+            if self.pages >= self.pages_per_process:
                 self.close()
             if self._child is None:
                 self._start()
-            fresh, self._pages = self._pages == 0, self._pages + 1
+            fresh, self.pages = self.pages == 0, self.pages + 1
             try:
                 answer = self._exchange(request, WALL_FACTOR * self.config.timeout_s)
             except TimeoutError:
@@ -160,10 +162,25 @@ class Extractor:
         self._child.stdout.close()
         if self._stderr is not None:
             self._stderr.close()
-        self._child, self._stderr, self._pages = None, None, 0
+        self._child, self._stderr, self.pages = None, None, 0
         return code
 
     def _start(self) -> None:
+        """Start a child; one that is killed from outside while it starts is started again, START_TRIES times in all."""
+        for tries_left in reversed(range(START_TRIES)):
+            try:
+                self._start_once()
+                return
+            except (TimeoutError, _ChildGone) as e:
+                assert self._stderr is not None
+                self._stderr.seek(0)
+                last_lines = b"\n".join(self._stderr.read().splitlines()[-3:]).decode(errors="replace")
+                code = self._end_of_child()
+                if code >= 0 or tries_left == 0 or isinstance(e, TimeoutError):
+                    message = f"the extracting process did not start ({e}, {_how_it_ended(code)}): {last_lines}"
+                    raise ExtractorError(message) from None
+
+    def _start_once(self) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         # A fixed hash seed and time zone: what extraction makes of a page must not vary from process to process.
         environment = {**os.environ, "PYTHONHASHSEED": "0", "TZ": "UTC"}
@@ -181,13 +198,7 @@ class Extractor:
         os.set_blocking(self._child.stdin.fileno(), False)
         os.set_blocking(self._child.stdout.fileno(), False)
         settings = json.dumps({"parent": os.getpid(), "config": dataclasses.asdict(self.config)}).encode()
-        try:
-            self._exchange(_RESPONSE.pack(len(settings)) + settings, START_TIMEOUT_S)
-        except (TimeoutError, _ChildGone) as e:
-            self._stderr.seek(0)
-            last_lines = b"\n".join(self._stderr.read().splitlines()[-3:]).decode(errors="replace")
-            self.close()
-            raise ExtractorError(f"the extracting process did not start ({e}): {last_lines}") from None
+        self._exchange(_RESPONSE.pack(len(settings)) + settings, START_TIMEOUT_S)
 
     def _exchange(self, request: bytes, timeout_s: float) -> dict:
         """Send `request`, return the answer; neither a full pipe nor a silent child can hold us beyond `timeout_s`.

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -263,6 +264,39 @@ def test_a_child_killed_from_outside_changes_nothing() -> None:
         assert extractor.extract(ARTICLE, URL, "text/html", "2026-11-01") == expected
 
 
+def _kill_child_when(extractor: Extractor, ready: Callable[[], bool]) -> threading.Thread:
+    """Kill the extractor's child as soon as `ready` says so, within 30 s."""
+
+    def wait_and_kill() -> None:
+        deadline = time.monotonic() + 30
+        while not ready() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert extractor.pid is not None
+        os.kill(extractor.pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=wait_and_kill)
+    thread.start()
+    return thread
+
+
+def test_a_child_killed_while_it_starts_is_started_again() -> None:
+    with Extractor(ExtractConfig()) as extractor:
+        killer = _kill_child_when(extractor, lambda: extractor.pid is not None)
+        assert extractor.extract(ARTICLE, URL, "text/html", "2026-11-01") == one_page(ARTICLE)
+        killer.join()
+
+
+def test_a_page_that_crashes_even_a_fresh_child_is_the_only_one_lost() -> None:
+    with Extractor(ExtractConfig(timeout_s=30)) as extractor:
+        killer = _kill_child_when(extractor, lambda: extractor.pages == 1)
+        outcome = extractor.extract(PATHOLOGICAL["attributes"], URL, "text/html")  # more than 5 s of work
+        killer.join()
+        assert isinstance(outcome, Rejected)
+        assert (outcome.state, outcome.reason) == (FAILED, "extract_crash")
+        assert outcome.detail == "the process ended: killed by SIGKILL"
+        assert isinstance(extractor.extract(ARTICLE, URL), Extracted)
+
+
 def test_a_stopped_child_ends_at_the_clocks_bound() -> None:
     with Extractor(ExtractConfig(timeout_s=0.5)) as extractor:
         extractor.extract(ARTICLE, URL)
@@ -355,7 +389,7 @@ def test_an_extractor_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch,
 
 @needs_pages
 def test_a_page_gives_the_same_after_any_predecessors() -> None:
-    pages = sorted((SHARED / "pages" / "html").iterdir())[::60]
+    pages = sorted((SHARED / "pages" / "html").iterdir())[::90]
     bodies = [p.read_bytes() for p in pages]
     with Extractor(ExtractConfig()) as extractor:
         forward = [extractor.extract(b, f"https://example.org/{i}") for i, b in enumerate(bodies)]
