@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]  # OmegaConf lets PyYAML's errors through
 
 from .config import ConfigError, TrainConfig
 
@@ -47,7 +48,7 @@ def read_run_config(run_dir: str | Path) -> TrainConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             [f"{path}: cannot be read as settings ({reason}); restore the file that `train` wrote"]
