@@ -13,28 +13,29 @@ from typing import Any
 
 from gpt2train.commands import DATA, LADDER
 from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted
-from gpt2train.config import ConfigError, Device, ReportConfig, SweepConfig, TrainConfig, check
+from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
 from launch import config as launch_config
 
 
 def launch_training(overrides: Sequence[str]) -> int:
     """Settings of the launch go to `launch`; the rest is checked here once and handed to every rank as it is."""
-    from launch.run import launch
+    from launch.run import launch, rank_count
 
     faults: list[str] = []
     launch_overrides, train_overrides = _split(overrides, launch_config.LaunchConfig)
     how = _composed(faults, launch_config.LaunchConfig, launch_overrides, check=launch_config.check)
-    config = _train_config(faults, train_overrides, _ranks(how))
+    if _wants_cpu(train_overrides):
+        how.gpus = launch_config.Gpus.none
+    config = _train_config(faults, train_overrides, rank_count(how))
     if faults:
         raise ConfigError(faults)
-    if config.device is Device.cpu:
-        how.gpus = launch_config.Gpus.none
     return int(launch(how, train_command(train_overrides), Path(config.run_dir)))
 
 
 def sweep_training(overrides: Sequence[str]) -> int:
     """Every combination of comma-separated values is a trial with its own run folder under `out`."""
-    from launch.sweep import Trial, sweep
+    from launch.run import rank_count
+    from launch.sweep import Trial, exit_code, sweep
 
     faults: list[str] = []
     sweep_overrides, rest = _split(overrides, SweepConfig)
@@ -43,6 +44,9 @@ def sweep_training(overrides: Sequence[str]) -> int:
     where = _composed(faults, SweepConfig, sweep_overrides)
     if not where.out:
         faults.append("out='': must name the sweep's folder; give out=runs/NAME")
+    if _wants_cpu(rest):
+        how.gpus = launch_config.Gpus.none
+    ranks = rank_count(how)
     axes = _axes(faults, rest)
     trials = []
     for combination in itertools.product(*axes):
@@ -51,9 +55,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
         run_dir = Path(where.out) / name
         trial = [*combination, f"run_dir={quoted(str(run_dir))}"]
         of_trial: list[str] = []
-        config = _train_config(of_trial, trial, _ranks(how))
-        if config.device is Device.cpu:
-            how.gpus = launch_config.Gpus.none
+        _train_config(of_trial, trial, ranks)
         faults += [fault if len(swept) == 0 else f"{name}: {fault}" for fault in of_trial]
         trials.append(Trial(name, train_command(trial), run_dir))
     if faults:
@@ -64,7 +66,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
     from gpt2train.scaling import summarize
 
     code = int(summarize([t.run_dir for t in trials], Path(where.out)))
-    return next((r.exit_code for r in results if r.exit_code), code)
+    return exit_code(results) or code
 
 
 def train_command(overrides: Sequence[str]) -> list[str]:
@@ -125,10 +127,8 @@ def _train_config(faults: list[str], overrides: Sequence[str], ranks: int) -> An
         return TrainConfig()
 
 
-def _ranks(how: launch_config.LaunchConfig) -> int:
-    from launch.machine import count_gpus
-
-    return max(1, how.processes or count_gpus())
+def _wants_cpu(overrides: Sequence[str]) -> bool:
+    return "device=cpu" in overrides
 
 
 def _axes(faults: list[str], overrides: Sequence[str]) -> list[list[str]]:
