@@ -30,7 +30,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("networkx", "sympy", "numpy", "matplotlib", "rich")
+PACKAGES = ("sympy", "scipy", "numpy", "matplotlib", "rich")
 """Installed packages, beside the standard library, whose documentation is served."""
 
 # Importing these does something that a person would notice.
@@ -66,7 +66,7 @@ def main() -> int:
             "fetch.delay_s=0",
             f"tokenize.validation_fraction={VALIDATION_FRACTION}",
         )
-    command("why", f"http://{address}/networkx.classes.graph.html", f"corpus={corpus}")
+    command("why", f"http://{address}/argparse.html", f"corpus={corpus}")
 
     def training(run_dir: Path) -> list[str]:
         return [

@@ -9,6 +9,7 @@ wrong with them.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,8 +129,13 @@ def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
 
 
 def quoted(text: str) -> str:
-    """A string as Hydra's grammar wants it, whatever is in it."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" if not text.isidentifier() else text
+    """A string as Hydra's grammar wants it, whatever is in it; a plain path stays as it is.
+
+    In Hydra's quotes a backslash means something only before a quote, where it is doubled.
+    """
+    if re.fullmatch(r"[\w.-]*/[\w./-]*", text):
+        return text
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
