@@ -129,13 +129,13 @@ def finish_shard(shard: FetchShard, corpus: Path) -> tuple[pa.Table, pa.Table]:
 
     Raises AccountingError when a URL has no state yet, CorruptionError when a page is not in its WARC file.
     """
-    lines = {line["index"]: line for line in read_journal(journal_path(shard.folder, shard.number))}
+    lines = {line["url"]: line for line in read_journal(journal_path(shard.folder, shard.number))}
     urls = pq.read_table(shard.urls).to_pylist()
     pages: list[dict[str, Any]] = []
     verdicts: list[Verdict] = []
     sizes: dict[int, int] = {}
     for row in urls:
-        line = lines.pop(row["index"], None)
+        line = lines.get(row["url"])
         if line is None:
             raise AccountingError(f"fetch: URL {row['index']} ({row['url']}) has no state in shard {shard.number}")
         numbers = {name: line[name] for name in ("status", "bytes", "wire_bytes", "requests") if name in line}
@@ -168,7 +168,5 @@ def finish_shard(shard: FetchShard, corpus: Path) -> tuple[pa.Table, pa.Table]:
                 "payload_digest": line["digest"],
             }
         )
-    if lines:
-        raise AccountingError(f"fetch: shard {shard.number}'s journal holds {len(lines)} URLs that are not in its list")
     table = verdict_table(verdicts) if verdicts else VERDICT_SCHEMA.empty_table()
     return pa.Table.from_pylist(pages, schema=PAGE_SCHEMA), table

@@ -5,7 +5,8 @@
 
 After a crash a torn last line is cut, lines whose WARC record is not whole are taken back (only lines behind the last
 mark can be that, and only after the machine itself went down), and the WARC is cut where the last good record ends.
-What is journaled is never fetched again; what was under way is.
+What is journaled is never fetched again; what was under way is. A line is known by its URL, not by its place in the
+list: when the list changes, what both lists hold is not fetched a second time.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class ShardLog:
             with write_atomic(path) as temporary:
                 temporary.write_bytes(b"".join(_encoded(line) for line in [*good, {"mark": len(good)}]))
             end = path.stat().st_size
-        self.done = {line["index"] for line in good if "mark" not in line}
+        self.done = {line["url"] for line in good if "mark" not in line}
         kept = [line for line in good if line.get("state") == KEPT]
         self.part: int = kept[-1]["part"] if kept else 0
         self._offset: int = kept[-1]["end"] if kept else 0
@@ -163,9 +164,9 @@ class ShardLog:
             digest = hashlib.sha256(exchange.body)
             offset, end = self._warc().write(exchange, digest.digest())
             line = {**line, "part": self.part, "offset": offset, "end": end, "digest": digest.hexdigest()}
-        assert line["index"] not in self.done, f"URL {line['index']} was decided twice"
+        assert line["url"] not in self.done, f"{line['url']} was decided twice"
         self._journal.write(line)
-        self.done.add(line["index"])
+        self.done.add(line["url"])
         self._dirty = True
 
     def _warc(self) -> WarcWriter:

@@ -28,7 +28,6 @@ class Job:
     """One URL on its way: `url` is where the redirects so far have led."""
 
     shard: OpenShard
-    index: int
     original: str
     url: str
     seen: list[str] = field(default_factory=list)
@@ -62,12 +61,14 @@ class OpenShard:
         self.log = ShardLog(shard.folder, shard.number, corpus, max_warc_bytes)
         self.waiting = 0
         self.exhausted = False
+        urls = pq.read_table(shard.urls, columns=["url"])["url"] if self.log.done else ()
+        self.decided_before = sum(url.as_py() in self.log.done for url in urls)
         self.rows = self._read()
 
-    def _read(self) -> Iterator[tuple[int, str]]:
+    def _read(self) -> Iterator[str]:
         with pq.ParquetFile(self.shard.urls) as parquet:
-            for batch in parquet.iter_batches(batch_size=1000, columns=["index", "url"]):
-                for index, url in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                    if index not in self.log.done:
-                        yield index, url
+            for batch in parquet.iter_batches(batch_size=1000, columns=["url"]):
+                for url in batch.column(0).to_pylist():
+                    if url not in self.log.done:
+                        yield url
         self.exhausted = True

@@ -157,15 +157,15 @@ class Scheduler:
         self._close_finished()
         while self.unopened and len(self.open) < OPEN_SHARDS and len(self.turns) < 4 * self.config.concurrency:
             shard = OpenShard(self.unopened.popleft(), self.corpus, self.config.max_warc_bytes)
-            self.done += len(shard.log.done)
+            self.done += shard.decided_before
             self.open.append(shard)
             self._fill(shard)
             self._close_finished()
 
     def _fill(self, shard: OpenShard) -> None:
-        for index, url in itertools.islice(shard.rows, WAITING_URLS - shard.waiting):
+        for url in itertools.islice(shard.rows, WAITING_URLS - shard.waiting):
             shard.waiting += 1
-            self._enqueue(Job(shard, index, url, url))
+            self._enqueue(Job(shard, url, url))
         # Whether the iterator is at its end shows only at the next row.
         if shard.waiting < WAITING_URLS:
             shard.exhausted = True
@@ -258,12 +258,12 @@ class Scheduler:
         while self.open or self.unopened:
             if not self.open:
                 self.open.append(OpenShard(self.unopened.popleft(), self.corpus, self.config.max_warc_bytes))
-                self.done += len(self.open[0].log.done)
+                self.done += self.open[0].decided_before
             for shard in self.open:
                 with pq.ParquetFile(shard.shard.urls) as parquet:
-                    for row in parquet.read(columns=["index", "url"]).to_pylist():
-                        if row["index"] not in shard.log.done:
-                            job = Job(shard, row["index"], row["url"], row["url"])
+                    for row in parquet.read(columns=["url"]).to_pylist():
+                        if row["url"] not in shard.log.done:
+                            job = Job(shard, row["url"], row["url"])
                             self._decide(job, FAILED, "out_of_budget", why)
                 shard.log.close()
             self.open.clear()
@@ -308,7 +308,7 @@ class Scheduler:
         self.rest_until(host.name, started + self._delay_s(job.url))
         audit: dict[str, Any] = {
             "at": now_text(),
-            "index": job.index,
+            **({"for": job.original} if job.url != job.original else {}),
             "url": job.url,
             "rule": rule,
             "delay_s": round(self._delay_s(job.url), 3),
@@ -421,7 +421,7 @@ class Scheduler:
         reply: Reply | None = None,
         body: bytes = b"",
     ) -> None:
-        line: dict[str, Any] = {"index": job.index, "url": job.original, "state": state}
+        line: dict[str, Any] = {"url": job.original, "state": state}
         if state != KEPT:
             line |= {"reason": reason, "detail": detail}
         if job.requests:

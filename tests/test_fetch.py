@@ -566,7 +566,7 @@ def test_hostile_bodies_and_headers_end_typed_and_in_time(tmp_path: Path, site: 
     begin = time.monotonic()
     results = {urls[u]: r for u, r in run.run().items()}
     assert time.monotonic() - begin < 8
-    expected = {p: ("failed", reason) for p, (_, reason) in cases.items()}
+    expected: dict[str, tuple[str, str | None]] = {p: ("failed", reason) for p, (_, reason) in cases.items()}
     expected |= {"/bomb-redirect": ("kept", None), "/after-bomb": ("kept", None)}
     assert {p: outcome(r) for p, r in results.items()} == expected
     assert len(list(warc.index_warc(tmp_path / "warc" / "00000-000.warc.gz"))) == 2  # nothing half is stored
@@ -868,7 +868,7 @@ def test_kill_9_loses_no_url_and_fetches_none_twice_but_those_under_way(tmp_path
         aim = before + chance.randrange(20, 120)
         while decided(run) < aim and child.poll() is None:
             time.sleep(0.005)
-        assert child.poll() is None, child.stderr.read().decode()
+        assert child.poll() is None, child.communicate()[1].decode()
         child.kill()
         child.communicate()
         kills += 1
@@ -1000,6 +1000,21 @@ def test_a_full_disk_ends_the_run_and_leaves_no_half_record(
     assert run.check_warcs() >= 1
     assert len(run.run()) == 40
     assert run.check_warcs() >= 1
+
+
+def test_a_changed_list_fetches_only_what_is_new(tmp_path: Path, site: Site) -> None:
+    site.default = response()
+    base, allow = f"http://127.0.0.1:{site.port}", [f"127.0.0.1:{site.port}"]
+    Crawl(tmp_path, [f"{base}/{i}" for i in range(6)], allow_addresses=allow).run()
+    asked = len(site.paths())
+    changed = [f"{base}/{i}" for i in (9, 5, 3, 8, 1)]  # other places in the list, some gone, some new
+    results = Crawl(tmp_path, changed, allow_addresses=allow).run()
+    assert [results[u]["index"] for u in changed] == list(range(5))
+    assert {outcome(r) for r in results.values()} == {("kept", None)}
+    assert sorted(site.paths()[asked:]) == ["/8", "/9"]
+    for url in changed:
+        page = results[url]["page"]
+        assert warc.read_response(tmp_path / page["warc_file"], page["warc_offset"]).url == url
 
 
 def test_a_finished_fetch_asks_for_nothing(tmp_path: Path, site: Site) -> None:
