@@ -28,6 +28,8 @@ from gpt2train.model import GPT
 from gpt2train.optim import learning_rate
 
 STEPS = 50
+AGAIN = ("zero0", "zero2", "zero3", "bf16 zero1", "bf16 zero2", "bf16 zero3")
+"""Runs that are taken up again in their own layout; ZeRO 1 in fp32 has its own test, with kills."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,11 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     def cut(source: str, target: str, step: int) -> dict[str, Any]:
         return {"name": f"cut {target}", "cut": [str(folder / source), str(folder / target), step]}
 
+    def again(name: str) -> list[dict[str, Any]]:
+        low = name.startswith("bf16")
+        stage, changes = int(name[-1]), {"precision": "bf16", "steps": 25} if low else {}
+        return [cut(name, f"{name} again", 20 if low else 40), job(f"{name} again", zero__stage=stage, **changes)]
+
     parity = [job(f"zero{stage}", zero__stage=stage) for stage in (0, 1, 2, 3)]
     low = [job(f"bf16 zero{stage}", zero__stage=stage, precision="bf16", steps=25) for stage in (1, 2, 3)]
     dropout = [job("dropout", model__dropout=0.1, steps=10)]
@@ -100,6 +107,8 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
                 job("zero1-3-1"),
                 cut("bf16 zero1", "bf16 zero1-3", 20),
                 job("bf16 zero1-3", zero__stage=3, precision="bf16", steps=25),
+                # the same layout again from a checkpoint
+                *(part for name in AGAIN for part in again(name)),
                 job("recomputed zero3", zero__stage=3, activation_checkpointing="full", steps=10),
                 job("diverges", optimizer__lr=1e30, optimizer__warmup_steps=0, steps=10),
                 job("diverges zero0", zero__stage=0, optimizer__lr=1e30, optimizer__warmup_steps=0, steps=10),
@@ -121,7 +130,7 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         started.wait(240)
         for index, done in enumerate(jobs):
             by_rank = [started.answers(rank)[index] for rank in range(ranks)]
-            answers[done["name"] + ("" if number < 2 else " again")] = {
+            answers[done["name"] + ("" if number < 2 else " later")] = {
                 "codes": [answer["code"] for answer in by_rank],
                 "messages": [answer["message"] for answer in by_rank],
                 "stderr": started.stderr(0),
@@ -151,7 +160,7 @@ def test_losses_equal_plain_pytorch_at_every_zero_stage(tokens: Path, runs: tupl
         assert largest_difference(losses_of(folder / name)[:STEPS], plain) < 1e-5, name
         entries = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         got = [entry["grad_norm"] for entry in entries if "grad_norm" in entry][:STEPS]
-        assert got == pytest.approx(norms, rel=2e-4), name
+        assert got == pytest.approx(norms, rel=1e-3), name
 
 
 def test_bf16_stays_within_its_noise(runs: tuple[Path, dict[str, Any]]) -> None:
@@ -173,12 +182,23 @@ def test_other_ranks_and_stages_go_on_within_rounding(runs: tuple[Path, dict[str
         ("zero1-3", "zero1"),
         ("zero1-3-1", "zero1"),
     ):
-        assert set(answers.get(name, answers.get(f"{name} again"))["codes"]) == {0}
+        assert set(answers.get(name, answers.get(f"{name} later"))["codes"]) == {0}
         got = losses_of(folder / name)
         assert largest_difference(got, losses_of(folder / reference)[: len(got)]) < 1e-5, name
     # Ten steps have another schedule than fifty once the warm-up of five is over.
     assert largest_difference(losses_of(folder / "recomputed zero3")[:6], losses_of(folder / "zero1")[:6]) < 1e-5
     assert largest_difference(losses_of(folder / "bf16 zero1-3"), losses_of(folder / "bf16 zero1")) < 0.01
+
+
+def test_the_same_layout_goes_on_bit_for_bit(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, answers = runs
+    for name in AGAIN:
+        assert answers[f"{name} again"]["codes"] == [0, 0]
+        assert losses_of(folder / f"{name} again") == losses_of(folder / name), name
+        last = sorted((folder / name / "checkpoints").iterdir())[-1].name
+        for file in (folder / name / "checkpoints" / last).glob("*.safetensors"):
+            other = folder / f"{name} again" / "checkpoints" / last / file.name
+            assert other.read_bytes() == file.read_bytes(), (name, file.name)
 
 
 def test_dropout_does_not_depend_on_the_ranks(runs: tuple[Path, dict[str, Any]]) -> None:
@@ -198,8 +218,8 @@ def test_validation_losses_are_of_all_ranks(runs: tuple[Path, dict[str, Any]]) -
 
 def test_a_complete_run_says_so_and_goes_on_when_asked_for_more(runs: tuple[Path, dict[str, Any]]) -> None:
     folder, answers = runs
-    assert answers["one again"]["codes"] == [0]
-    told = answers["one again"]["stderr"]
+    assert answers["one later"]["codes"] == [0]
+    told = answers["one later"]["stderr"]
     assert f"one: complete at step {STEPS}; nothing to do for steps={STEPS}" in told
     assert "changed since the last start: steps 50 → 55" in told
     assert "follows the cosine schedule of 55 steps; the part behind was of 50" in told
