@@ -118,6 +118,8 @@ class ExtractConfig:
     """Pages whose text is shorter drop as `no_text`."""
     fast: bool = True
     """trafilatura without its fallback extractors first; pages under 500 characters get the full way."""
+    favor_recall: bool = False
+    """Keep more of a page when in doubt; for documentation and reference pages, which are lists rather than prose."""
     tables: bool = True
     """Text in tables, too."""
     metadata: bool = True

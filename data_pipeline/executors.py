@@ -107,7 +107,7 @@ class LocalExecutor:
                     on_done(task, result)
 
     def _schedule(self, task: Task) -> Future[dict[str, Any]]:
-        return self._pool.schedule(task.function, args=list(task.arguments))  # type: ignore[no-any-return]
+        return self._pool.schedule(task.function, args=list(task.arguments))
 
     def _hear_ticks(self) -> None:
         while (message := self._receiver.recv_bytes()) != _END:

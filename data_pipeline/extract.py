@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import pyarrow as pa
 
@@ -248,21 +248,25 @@ def text_digest(text: str) -> str:
 
 
 def extract_shard(
-    pages: pa.Table, config: ExtractConfig, read_body: Callable[[str, int], tuple[bytes, str]]
+    pages: pa.Table, config: ExtractConfig, read_body: Callable[[dict[str, Any]], tuple[bytes, str] | Rejected]
 ) -> tuple[pa.Table, pa.Table]:
     """Documents (DOCUMENT_SCHEMA) and verdicts (VERDICT_SCHEMA, one for each page), both sorted by index.
 
     Args:
         pages: PAGE_SCHEMA, in any order.
-        read_body: (warc_file, warc_offset) → (body with Content-Encoding undone, Content-Type header). What it raises
-            ends the shard.
+        read_body: a page's row → (body with Content-Encoding undone, Content-Type header), or why it cannot be read.
+            What it raises ends the shard.
     """
     documents: list[dict[str, object]] = []
     verdicts: list[Verdict] = []
     with Extractor(config) as extractor:
         for page in pages.sort_by("index").to_pylist():
-            body, content_type = read_body(page["warc_file"], page["warc_offset"])
-            outcome = extractor.extract(body, page["final_url"] or page["url"], content_type, page["fetched_at"] or "")
+            response = read_body(page)
+            if isinstance(response, Rejected):
+                outcome: Extracted | Rejected = response
+            else:
+                address = page["final_url"] or page["url"]
+                outcome = extractor.extract(response[0], address, response[1], page["fetched_at"] or "")
             if isinstance(outcome, Rejected):
                 verdicts.append(
                     Verdict(page["index"], page["url"], outcome.state, outcome.reason, outcome.detail, outcome.numbers)

@@ -95,7 +95,7 @@ class Rejected:
     """Why a page gives no document.
 
     dropped: html_too_large, not_html, not_text, bad_charset, noindex, no_text.
-    failed: extract_error, extract_timeout, extract_memory, extract_crash.
+    failed: extract_error, extract_timeout, extract_memory, extract_crash, warc_damaged.
     """
 
     state: str
@@ -173,6 +173,7 @@ def _trafilatura(
             html,
             url=url or None,
             fast=fast,
+            favor_recall=config.favor_recall,
             include_comments=False,
             include_tables=config.tables,
             with_metadata=config.metadata and first,

@@ -5,6 +5,7 @@ Every function writes its tables atomically and returns counts; `pipeline` decid
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,12 @@ from data_pipeline.config import (
     QualityConfig,
 )
 from data_pipeline.executors import tick
+from data_pipeline.html_text import Rejected
 from data_pipeline.layout import Corpus
 from data_pipeline.records import (
     DOCUMENT_SCHEMA,
     DROPPED,
+    FAILED,
     KEPT,
     PAGE_SCHEMA,
     VERDICT_SCHEMA,
@@ -36,6 +39,7 @@ from data_pipeline.records import (
     verdict_table,
 )
 from data_pipeline.store import write_json, write_table
+from data_pipeline.warc import WarcError
 
 CHANGES_SCHEMA = pa.schema([("index", pa.int64()), ("language", pa.string()), ("text", pa.large_string())])
 
@@ -131,9 +135,14 @@ def finish_fetch(shard: fetch.FetchShard, out: Path) -> dict[str, Any]:
 def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
     corpus = Corpus(out)
 
-    def read_body(warc_file: str, offset: int) -> tuple[bytes, str]:
-        response = warc.read_response(out / warc_file, offset)  # an absolute warc_file stays absolute
+    def read_body(page: dict[str, Any]) -> tuple[bytes, str] | Rejected:
         tick(1)
+        try:  # joined to an absolute path, `out` vanishes
+            response = warc.read_response(out / page["warc_file"], page["warc_offset"])
+        except (WarcError, FileNotFoundError) as e:
+            return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: {e}", {})
+        if hashlib.sha256(response.body).hexdigest() != page["payload_digest"]:
+            return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: other bytes", {})
         return response.body, response.content_type
 
     documents, verdicts = extract.extract_shard(pq.read_table(corpus.table("fetch", k)), config, read_body)

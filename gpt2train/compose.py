@@ -135,7 +135,8 @@ def quoted(text: str) -> str:
     """
     if re.fullmatch(r"[\w.-]*/[\w./-]*", text):
         return text
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+    escaped = re.sub(r"(\\*)('|\Z)", lambda m: str(m[1]) * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

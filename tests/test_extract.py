@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -427,18 +428,20 @@ def test_shard_accounts_for_every_page_in_index_order() -> None:
     bodies = {"good": ARTICLE, "pdf": b"%PDF-1.4", "empty": b"", "slow": PATHOLOGICAL["attributes"], "last": ARTICLE}
     asked = []
 
-    def read_body(warc_file: str, warc_offset: int) -> tuple[bytes, str]:
-        asked.append((warc_file, warc_offset))
-        return bodies[warc_file], "text/html"
+    def read_body(page: dict[str, Any]) -> tuple[bytes, str] | Rejected:
+        asked.append((page["warc_file"], page["warc_offset"]))
+        if page["warc_file"] == "torn":
+            return Rejected("failed", "warc_damaged", "the record ends early")
+        return bodies[page["warc_file"]], "text/html"
 
-    pages = _pages([(9, "last"), (4, "slow"), (1, "good"), (2, "pdf"), (3, "empty")])
+    pages = _pages([(9, "last"), (4, "slow"), (1, "good"), (2, "pdf"), (3, "empty"), (5, "torn")])
     documents, verdicts = extract_shard(pages, ExtractConfig(timeout_s=0.5), read_body)
     assert documents.schema == DOCUMENT_SCHEMA
     assert verdicts.schema == VERDICT_SCHEMA
-    assert asked == [("good", 10), ("pdf", 20), ("empty", 30), ("slow", 40), ("last", 90)]
-    assert verdicts["index"].to_pylist() == [1, 2, 3, 4, 9]
-    assert verdicts["state"].to_pylist() == ["kept", "dropped", "dropped", "failed", "kept"]
-    assert verdicts["reason"].to_pylist() == [None, "not_text", "no_text", "extract_timeout", None]
+    assert asked == [("good", 10), ("pdf", 20), ("empty", 30), ("slow", 40), ("torn", 50), ("last", 90)]
+    assert verdicts["index"].to_pylist() == [1, 2, 3, 4, 5, 9]
+    assert verdicts["state"].to_pylist() == ["kept", "dropped", "dropped", "failed", "failed", "kept"]
+    assert verdicts["reason"].to_pylist() == [None, "not_text", "no_text", "extract_timeout", "warc_damaged", None]
     assert documents["index"].to_pylist() == [1, 9]
     first = documents.to_pylist()[0]
     assert first["url"] == "https://example.org/good"
@@ -447,6 +450,18 @@ def test_shard_accounts_for_every_page_in_index_order() -> None:
 
 
 def test_empty_shard() -> None:
-    documents, verdicts = extract_shard(_pages([]), ExtractConfig(), lambda f, o: (b"", ""))
+    documents, verdicts = extract_shard(_pages([]), ExtractConfig(), lambda page: (b"", ""))
     assert (documents.num_rows, verdicts.num_rows) == (0, 0)
     assert documents.schema == DOCUMENT_SCHEMA
+
+
+def test_favor_recall_keeps_reference_pages() -> None:
+    items = "".join(f"<dt>option-{i}</dt><dd>Sets the value number {i} of the machine.</dd>" for i in range(80))
+    page = f"<html><body><div><h1>Options</h1><p>Short.</p><dl>{items}</dl></div></body></html>".encode()
+    lengths = {}
+    for favor_recall in (False, True):
+        with Extractor(ExtractConfig(favor_recall=favor_recall)) as extractor:
+            outcome = extractor.extract(page, "https://example.org/options")
+            lengths[favor_recall] = len(outcome.text) if isinstance(outcome, Extracted) else 0
+    assert lengths[True] >= lengths[False]
+    assert lengths[True] > 2_000

@@ -350,6 +350,21 @@ def test_damaged_files_are_named_and_made_again(built: tuple[Path, Path, str], a
     assert tree(out, *RESULT) == tree(built[1], *RESULT)
 
 
+def test_a_damaged_warc_record_costs_its_page_alone(
+    built: tuple[Path, Path, str], address: str, tmp_path: Path
+) -> None:
+    out = archived(built, tmp_path / "rotten")
+    pages = pq.read_table(out / "fetch" / "00000.parquet").to_pylist()
+    path = out / pages[0]["warc_file"]
+    data = bytearray(path.read_bytes())
+    data[pages[0]["warc_offset"] + 200] ^= 0xFF
+    path.write_bytes(data)
+    run(*settings(built[0], address, out))
+    ends = {row["url"]: (row["state"], row["reason"]) for row in ledger_rows(out)}
+    assert ends[pages[0]["url"]] == ("failed", "warc_damaged")
+    assert [end for end in ends.values() if end[1] == "warc_damaged"] == [("failed", "warc_damaged")]
+
+
 def test_a_second_run_at_once_is_refused(built: tuple[Path, Path, str], address: str, tmp_path: Path) -> None:
     out = archived(built, tmp_path / "busy")
     first = subprocess.Popen(
