@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import uvloop
 
 from data_pipeline.config import FetchConfig
-from data_pipeline.fetch import FetchShard, fetch_shards, finish_shard
+from data_pipeline.crawl.fetch import FetchShard, fetch_shards, finish_shard
 from data_pipeline.records import URL_SCHEMA
 
 ADDRESSES = [f"127.0.0.{i}" for i in range(1, 9)]
@@ -147,7 +147,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, work in {
             "bare aiohttp + uvloop": lambda: bare(by_address, concurrency),
-            "data_pipeline.fetch": lambda: ours(by_name, hosts, port, concurrency, Path(folder)),
+            "data_pipeline.crawl.fetch": lambda: ours(by_name, hosts, port, concurrency, Path(folder)),
         }.items():
             wall_s, cpu_s = timed(work)
             figures[name] = {"pages_per_s": arguments.pages / wall_s, "cpu_us_per_page": cpu_s / arguments.pages * 1e6}

@@ -23,10 +23,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from data_pipeline import card, ledger, report, tasks, texts, tokenizer, urls
+from data_pipeline import card, ledger, report, tasks, texts, tokenizer
 from data_pipeline.config import STAGES, CorpusConfig, Source, check
+from data_pipeline.crawl import urls
+from data_pipeline.crawl.fetch import FetchShard
 from data_pipeline.executors import LocalExecutor, Task, cores
-from data_pipeline.fetch import FetchShard
 from data_pipeline.layout import Corpus
 from data_pipeline.pack import write_token_shards
 from data_pipeline.progress import Reporter

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import contamination, dedup, extract, fetch, language, ledger, pack, quality, warc
+from data_pipeline import ledger, pack
+from data_pipeline.clean import contamination, dedup, extract, language, quality
+from data_pipeline.clean.html_text import Rejected
 from data_pipeline.config import (
     DecontaminateConfig,
     DedupConfig,
@@ -24,8 +26,9 @@ from data_pipeline.config import (
     LanguageConfig,
     QualityConfig,
 )
+from data_pipeline.crawl import fetch, warc
+from data_pipeline.crawl.warc import WarcError
 from data_pipeline.executors import tick
-from data_pipeline.html_text import Rejected
 from data_pipeline.layout import Corpus
 from data_pipeline.records import (
     DOCUMENT_SCHEMA,
@@ -39,7 +42,6 @@ from data_pipeline.records import (
     verdict_table,
 )
 from data_pipeline.store import write_json, write_table
-from data_pipeline.warc import WarcError
 
 CHANGES_SCHEMA = pa.schema([("index", pa.int64()), ("language", pa.string()), ("text", pa.large_string())])
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import urls
 from data_pipeline.config import UrlListConfig
+from data_pipeline.crawl import urls
 from data_pipeline.layout import Corpus
 from data_pipeline.records import KEPT, ConfigError, InputError
 

@@ -11,7 +11,8 @@ import aiohttp
 import pytest
 import yarl
 
-from data_pipeline.addresses import (
+from data_pipeline.config import FetchConfig
+from data_pipeline.crawl.addresses import (
     AddressRules,
     BlockedAddressError,
     is_public,
@@ -19,7 +20,6 @@ from data_pipeline.addresses import (
     read_hosts_file,
     vetted_connector,
 )
-from data_pipeline.config import FetchConfig
 from data_pipeline.records import InputError
 
 

@@ -11,8 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_pipeline.config import DecontaminateConfig
-from data_pipeline.contamination import (
+from data_pipeline.clean.contamination import (
     EvaluationSet,
     build_index,
     ngram_hashes,
@@ -21,6 +20,7 @@ from data_pipeline.contamination import (
     read_evaluation_set,
     scan_shard,
 )
+from data_pipeline.config import DecontaminateConfig
 from data_pipeline.records import VERDICT_SCHEMA, InputError
 
 WORDS = [

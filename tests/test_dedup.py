@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.config import DedupConfig, Keep
-from data_pipeline.dedup import (
+from data_pipeline.clean.dedup import (
     DUPLICATE_SCHEMA,
     dedup_verdicts,
     find_duplicates,
@@ -19,7 +18,8 @@ from data_pipeline.dedup import (
     normalize_for_exact,
     sign_shard,
 )
-from data_pipeline.ngrams import hash_ngrams, hash_words, random_uint64
+from data_pipeline.clean.ngrams import hash_ngrams, hash_words, random_uint64
+from data_pipeline.config import DedupConfig, Keep
 from data_pipeline.records import VERDICT_SCHEMA, CorruptionError
 
 WORDS = [f"{a}{b}{c}" for a in "bdfghklmnprst" for b in "aeiou" for c in ("", "n", "r", "st", "l")]

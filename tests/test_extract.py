@@ -20,9 +20,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from data_pipeline.clean.extract import Extractor, ExtractorError, extract_shard, text_digest
+from data_pipeline.clean.html_text import Extracted, Rejected, clean_text, decode, meta_robots, page_text
 from data_pipeline.config import ExtractConfig
-from data_pipeline.extract import Extractor, ExtractorError, extract_shard, text_digest
-from data_pipeline.html_text import Extracted, Rejected, clean_text, decode, meta_robots, page_text
 from data_pipeline.records import DOCUMENT_SCHEMA, DROPPED, FAILED, PAGE_SCHEMA, VERDICT_SCHEMA
 
 SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -343,7 +343,7 @@ def test_child_dies_with_a_killed_parent() -> None:
     program = (
         "import sys, time\n"
         "from data_pipeline.config import ExtractConfig\n"
-        "from data_pipeline.extract import Extractor\n"
+        "from data_pipeline.clean.extract import Extractor\n"
         "e = Extractor(ExtractConfig())\n"
         "e.extract(b'<p>x', 'https://example.org/')\n"
         "print(e.pid, flush=True)\n"

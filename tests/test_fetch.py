@@ -31,10 +31,10 @@ import trustme
 import zstandard
 from warcio.checker import Checker
 
-from data_pipeline import scheduler, warc
 from data_pipeline.config import FetchConfig
-from data_pipeline.fetch import FetchShard, fetch_shards, finish_shard, read_journal
-from data_pipeline.fetch_journal import audit_path, journal_path
+from data_pipeline.crawl import scheduler, warc
+from data_pipeline.crawl.fetch import FetchShard, fetch_shards, finish_shard, read_journal
+from data_pipeline.crawl.fetch_journal import audit_path, journal_path
 from data_pipeline.records import URL_SCHEMA, ConfigError, CorruptionError, StorageError
 
 HTML = b"<!doctype html><title>t</title><p>A page of some words."
@@ -433,7 +433,7 @@ def test_no_spelling_of_a_forbidden_address_is_connected_to(
     tmp_path: Path, site: Site, connects: list[tuple[Any, ...]]
 ) -> None:
     from data_pipeline.config import UrlListConfig
-    from data_pipeline.urls import InvalidUrl, normalize
+    from data_pipeline.crawl.urls import InvalidUrl, normalize
 
     hosts = spellings()
     assert len(set(hosts)) >= 200
@@ -823,7 +823,7 @@ CHILD = textwrap.dedent(
     import json, sys
     from pathlib import Path
     from data_pipeline.config import FetchConfig
-    from data_pipeline.fetch import FetchShard, fetch_shards
+    from data_pipeline.crawl.fetch import FetchShard, fetch_shards
     folder, shards, config = Path(sys.argv[1]), int(sys.argv[2]), FetchConfig(**json.loads(sys.argv[3]))
     all_shards = [FetchShard(folder / "urls" / f"{k:05d}.parquet", folder / "fetch", k) for k in range(shards)]
     fetch_shards(all_shards, config, folder, lambda done, total: None)

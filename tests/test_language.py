@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from data_pipeline.clean.language import SAMPLE_CHARACTERS, filter_language, identify, sample
 from data_pipeline.config import LanguageConfig
-from data_pipeline.language import SAMPLE_CHARACTERS, filter_language, identify, sample
 from data_pipeline.records import VERDICT_SCHEMA
 
 SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))

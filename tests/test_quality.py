@@ -13,8 +13,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from data_pipeline.config import CorpusConfig, QualityConfig
-from data_pipeline.quality import (
+from data_pipeline.clean.quality import (
     SENTENCE_TERMINAL,
     clean,
     count_sentences,
@@ -23,6 +22,7 @@ from data_pipeline.quality import (
     measure,
     split_words,
 )
+from data_pipeline.config import CorpusConfig, QualityConfig
 from data_pipeline.records import VERDICT_SCHEMA
 
 RECIPES = Path(__file__).parents[1] / "configs" / "corpus" / "recipe"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from protego import Protego
 
-from data_pipeline.robots import (
+from data_pipeline.crawl.robots import (
     MAX_ROBOTS_BYTES,
     parse_robots,
     refusal_in_headers,

@@ -18,11 +18,10 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import urls
 from data_pipeline.config import UrlListConfig
-from data_pipeline.records import URL_SCHEMA, VERDICT_SCHEMA, InputError
-from data_pipeline.url_syntax import host_of, origin_of, path_and_query, port_of
-from data_pipeline.urls import (
+from data_pipeline.crawl import urls
+from data_pipeline.crawl.url_syntax import host_of, origin_of, path_and_query, port_of
+from data_pipeline.crawl.urls import (
     InvalidUrl,
     count_urls,
     normalize,
@@ -31,6 +30,7 @@ from data_pipeline.urls import (
     shard_of,
     write_url_shards,
 )
+from data_pipeline.records import URL_SCHEMA, VERDICT_SCHEMA, InputError
 
 SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 DEFAULT = UrlListConfig()

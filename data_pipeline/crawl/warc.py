@@ -22,11 +22,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.http_body import BodyError, content_codings, dechunk, decode_body, is_html
+from data_pipeline.crawl.http_body import BodyError, content_codings, dechunk, decode_body, is_html
+from data_pipeline.crawl.url_syntax import registrable_domain
+from data_pipeline.crawl.warc_records import MAX_HEADER_BYTES, Archive, Record, WarcError
 from data_pipeline.records import DROPPED, FAILED, KEPT
 from data_pipeline.store import storage_errors
-from data_pipeline.url_syntax import registrable_domain
-from data_pipeline.warc_records import MAX_HEADER_BYTES, Archive, Record, WarcError
 
 __all__ = ["Exchange", "WarcEntry", "WarcError", "WarcResponse", "WarcWriter", "index_warc", "read_response"]
 

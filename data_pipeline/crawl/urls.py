@@ -32,9 +32,9 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_pipeline.config import UrlListConfig
+from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize, path_and_query, registrable_domain, shard_of
 from data_pipeline.records import DROPPED, KEPT, URL_SCHEMA, InputError, Verdict, verdict_table
 from data_pipeline.store import storage_errors, write_table
-from data_pipeline.url_syntax import InvalidUrl, host_of, normalize, path_and_query, registrable_domain, shard_of
 
 __all__ = [
     "InvalidUrl",

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from data_pipeline.config import FetchConfig, UrlListConfig
-from data_pipeline.fetch_journal import AppendOnly
-from data_pipeline.http_body import BodyError, content_codings, decode_body
-from data_pipeline.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
-from data_pipeline.robots import MAX_ROBOTS_BYTES, RobotsRules, no_rules, rules_for_status, unreachable_rules
-from data_pipeline.url_syntax import InvalidUrl, host_of, normalize
+from data_pipeline.crawl.fetch_journal import AppendOnly
+from data_pipeline.crawl.http_body import BodyError, content_codings, decode_body
+from data_pipeline.crawl.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
+from data_pipeline.crawl.robots import MAX_ROBOTS_BYTES, RobotsRules, no_rules, rules_for_status, unreachable_rules
+from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize
 
 MAX_HOPS = 5
 """Redirects of robots.txt to follow; beyond them it counts as not there (RFC 9309, 2.3.1.2)."""

@@ -19,9 +19,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, read_response
 from data_pipeline.records import KEPT
 from data_pipeline.store import storage_errors, write_atomic
-from data_pipeline.warc import Exchange, WarcError, WarcWriter, read_response
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from data_pipeline.fetch_journal import ShardLog
+from data_pipeline.crawl.fetch_journal import ShardLog
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_pipeline.config import FetchConfig
-from data_pipeline.fetch_queue import FetchShard, Host, Job, OpenShard
-from data_pipeline.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
-from data_pipeline.page_rules import REDIRECTS, page_body, redirect_target, wants_body
+from data_pipeline.crawl.fetch_queue import FetchShard, Host, Job, OpenShard
+from data_pipeline.crawl.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
+from data_pipeline.crawl.page_rules import REDIRECTS, page_body, redirect_target, wants_body
+from data_pipeline.crawl.robots_cache import RobotsCache
+from data_pipeline.crawl.url_syntax import host_of, origin_of
+from data_pipeline.crawl.warc import Exchange
 from data_pipeline.records import DROPPED, FAILED, KEPT, AccountingError
-from data_pipeline.robots_cache import RobotsCache
-from data_pipeline.url_syntax import host_of, origin_of
-from data_pipeline.warc import Exchange
 
 DROPPED_REASONS = frozenset(("robots", "noindex", "wrong_type", "blocked_address", "bad_scheme", "crawl_delay"))
 OPEN_SHARDS = 32

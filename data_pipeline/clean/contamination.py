@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from data_pipeline.clean.ngrams import hash_ngrams
 from data_pipeline.config import DecontaminateConfig
-from data_pipeline.ngrams import hash_ngrams
 from data_pipeline.records import DROPPED, InputError, Verdict, verdict_table
 
 _ALPHANUMERIC = re.compile(r"[^\W_]+")

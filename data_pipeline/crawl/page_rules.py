@@ -7,10 +7,10 @@ out. Nothing here waits or remembers.
 from __future__ import annotations
 
 from data_pipeline.config import FetchConfig, UrlListConfig
-from data_pipeline.http_body import BodyError, content_codings, decode_body, is_html, media_type
-from data_pipeline.http_get import FetchError, Reply
-from data_pipeline.robots import refusal_in_headers, refusal_in_html
-from data_pipeline.url_syntax import InvalidUrl, normalize
+from data_pipeline.crawl.http_body import BodyError, content_codings, decode_body, is_html, media_type
+from data_pipeline.crawl.http_get import FetchError, Reply
+from data_pipeline.crawl.robots import refusal_in_headers, refusal_in_html
+from data_pipeline.crawl.url_syntax import InvalidUrl, normalize
 
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _REDIRECT_URLS = UrlListConfig(strip_tracking=False)  # a server may insist on its tracking parameters

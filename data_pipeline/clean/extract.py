@@ -3,7 +3,7 @@
 In: a table of PAGE_SCHEMA and a function that reads a page's body. Out: a table of DOCUMENT_SCHEMA and one verdict for
 every page. What happens to a page's bytes is told in `html_text.py`; this room keeps it from doing harm:
 
-    Extractor          owns one child, `python -m data_pipeline.extract`, and talks to it over two pipes
+    Extractor          owns one child, `python -m data_pipeline.clean.extract`, and talks to it over two pipes
     ├── slow page      the kernel ends the child at `timeout_s` of processor time, the parent at twice that on the clock
     ├── memory         an address-space limit; running into it ends the child
     ├── crash, error   the child is replaced, and the page gets one more try in a fresh process, so that a child that
@@ -35,8 +35,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from data_pipeline.clean.html_text import Extracted, Rejected, page_text
 from data_pipeline.config import ExtractConfig
-from data_pipeline.html_text import Extracted, Rejected, page_text
 from data_pipeline.records import (
     DOCUMENT_SCHEMA,
     FAILED,
@@ -185,7 +185,7 @@ class Extractor:
         # A fixed hash seed and time zone: what extraction makes of a page must not vary from process to process.
         environment = {**os.environ, "PYTHONHASHSEED": "0", "TZ": "UTC"}
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "data_pipeline.extract"],
+            [sys.executable, "-m", "data_pipeline.clean.extract"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

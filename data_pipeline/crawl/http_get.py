@@ -21,9 +21,9 @@ import aiohttp
 import yarl
 from aiohttp import http_exceptions
 
-from data_pipeline.addresses import BlockedAddressError, Lookup, vetted_connector
 from data_pipeline.config import FetchConfig
-from data_pipeline.url_syntax import path_and_query
+from data_pipeline.crawl.addresses import BlockedAddressError, Lookup, vetted_connector
+from data_pipeline.crawl.url_syntax import path_and_query
 
 ACCEPT = "text/html,application/xhtml+xml;q=0.9,*/*;q=0.1"
 ACCEPT_ENCODING = "gzip, deflate, br, zstd"

@@ -26,11 +26,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import uvloop
 
-from data_pipeline.addresses import AddressRules, Lookup, read_hosts_file
 from data_pipeline.config import FetchConfig
-from data_pipeline.fetch_journal import journal_path, read_journal, warc_name, warc_path
-from data_pipeline.fetch_queue import FetchShard
-from data_pipeline.http_get import HttpClient
+from data_pipeline.crawl.addresses import AddressRules, Lookup, read_hosts_file
+from data_pipeline.crawl.fetch_journal import journal_path, read_journal, warc_name, warc_path
+from data_pipeline.crawl.fetch_queue import FetchShard
+from data_pipeline.crawl.http_get import HttpClient
+from data_pipeline.crawl.scheduler import SLOW_LANE_FACTOR, Scheduler
+from data_pipeline.crawl.url_syntax import host_of, port_of
 from data_pipeline.records import (
     KEPT,
     PAGE_SCHEMA,
@@ -41,8 +43,6 @@ from data_pipeline.records import (
     Verdict,
     verdict_table,
 )
-from data_pipeline.scheduler import SLOW_LANE_FACTOR, Scheduler
-from data_pipeline.url_syntax import host_of, port_of
 
 __all__ = ["FetchShard", "fetch_shards", "finish_shard", "read_journal"]
 

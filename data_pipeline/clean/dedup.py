@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.clean.ngrams import HASH_VERSION, hash_ngrams, random_uint64, splitmix
 from data_pipeline.config import DedupConfig, Keep
-from data_pipeline.ngrams import HASH_VERSION, hash_ngrams, random_uint64, splitmix
 from data_pipeline.records import DROPPED, CorruptionError, Verdict, verdict_table
 
 # Part of every signature; a change of normalization or signature must raise it, or old and new ones would be joined.
