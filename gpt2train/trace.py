@@ -22,7 +22,7 @@ from data_pipeline.token_shards import DocumentSpan, TokenShards, TokenSplit
 
 from .config import ConfigError, TraceConfig, TrainConfig
 from .data import BatchOrder, TokenWindows
-from .run_folder import VERSIONS, data_folder, read_json, read_run_config
+from .run_folder import VERSIONS, data_folder, read_json, read_metrics, read_run_config, series
 
 SCAN_TOKENS = 16_000_000
 """Positions whose documents are in memory at once while a URL is looked for."""
@@ -118,7 +118,7 @@ def _order(windows: TokenWindows, config: TrainConfig) -> BatchOrder:
 
 
 def trace(config: TraceConfig) -> int:
-    """Prints what `step` saw, or which steps saw `url`."""
+    """Prints what `step` saw, or will see; or which of the steps done saw `url`."""
     if not config.run:
         raise ConfigError(["run='': must name a run's folder; give run=runs/NAME"])
     if bool(config.url) == bool(config.step):
@@ -128,14 +128,17 @@ def trace(config: TraceConfig) -> int:
         raise ConfigError([f"step={config.step}: must lie in 1..{run.steps}, the run's steps; give step=1"])
     shards = _open_data(Path(config.run))
     split = shards.split("train")
+    done = max((step for step, _ in series(read_metrics(config.run), "loss")), default=0)
     if config.url:
-        seen = steps_of_url(split, run, config.url, last_step=run.steps)
-        title = f"{config.url}: seen {len(seen)} times in {run.steps} steps"
+        seen = steps_of_url(split, run, config.url, last_step=done)
+        title = f"{config.url}: seen {len(seen)} times in {done} steps"
         if not seen:
-            _say_unseen(shards, run, config.url)
+            _say_unseen(shards, done, config.url)
     else:
         seen = documents_of_step(split, run, config.step)
         title = f"step {config.step}: {run.batch.sequences} sequences, {len(seen)} parts of documents"
+        if config.step > done:
+            title += f"; not done yet, the run stands at step {done}"
     _print(seen, title)
     return 0
 
@@ -157,10 +160,10 @@ def _open_data(run_dir: Path) -> TokenShards:
     return shards
 
 
-def _say_unseen(shards: TokenShards, run: TrainConfig, url: str) -> None:
+def _say_unseen(shards: TokenShards, done: int, url: str) -> None:
     """Says on standard error why no step saw `url`."""
     if documents_of_url(shards.split("train"), url):
-        reason = f"its windows are not among those of the run's {run.steps} steps"
+        reason = f"its windows are not among those of the {done} steps done"
     elif documents_of_url(shards.split("validation"), url):
         reason = "it is in the validation split, which no step trains on"
     else:
@@ -186,4 +189,5 @@ def _print(seen: list[Seen], title: str) -> None:
     # A terminal folds long URLs; a file or pipe gets one line a row.
     console = Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
     console.print(Text(title))
-    console.print(table)
+    if seen:
+        console.print(table)

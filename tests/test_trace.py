@@ -23,6 +23,7 @@ from gpt2train.data import BatchOrder
 from gpt2train.trace import documents_of_step, documents_of_url, steps_of_url, trace
 
 CONTEXT, SEQUENCES, STEPS = 16, 3, 60
+DONE = 45
 LENGTHS = [1, 2, 16, 17, 40, 5, 3, 90, 33, 8, 170, 11, 16, 31, 64]
 """Tokens of the documents that are trained on, `<|endoftext|>` included."""
 URLS = [f"https://site{i}.test/page?q=[b]{i}[/b]" for i in range(len(LENGTHS))]
@@ -62,6 +63,7 @@ def run(data: Path, config: TrainConfig, tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
     fingerprint = TokenShards.open(data).fingerprint
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": 1.0}}\n' for s in range(1, DONE + 1)))
     (folder / "versions.json").write_text(json.dumps({"data": {"path": str(data), "fingerprint": fingerprint}}))
     return folder
 
@@ -129,12 +131,19 @@ def test_the_table_shows_each_part_whole(run: Path, config: TrainConfig, capsys:
     assert [row[3] for row in rows] == [f"{part.start}..{part.stop}" for part in seen]
 
 
+def test_a_step_that_is_to_come_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert trace(TraceConfig(run=str(run), step=DONE)) == 0
+    assert "not done yet" not in capsys.readouterr().out
+    assert trace(TraceConfig(run=str(run), step=DONE + 1)) == 0
+    assert f"not done yet, the run stands at step {DONE}" in capsys.readouterr().out
+
+
 def test_a_url_names_its_steps(run: Path, config: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     assert trace(TraceConfig(run=str(run), url=URLS[7])) == 0
     out = capsys.readouterr().out
     steps = [int(line.split()[0]) for line in out.splitlines() if line.split()[-1:] == [URLS[7]]]
     split = TokenShards.open(config.data.path).split("train")
-    assert steps == [part.step for part in steps_of_url(split, config, URLS[7], last_step=STEPS)]
+    assert steps == [part.step for part in steps_of_url(split, config, URLS[7], last_step=DONE)]
     assert len(steps) > 5
 
 
