@@ -8,6 +8,8 @@ Measured on DeepSpeed 0.19.8. Internal names that are used here stand in this ro
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import warnings
@@ -92,12 +94,13 @@ def build(config: TrainConfig, world: World) -> Any:
         activation_checkpointing=config.activation_checkpointing is ActivationCheckpointing.full,
     ).to(world.device)
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=adamw(model, config.optimizer, world.device),
-        config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
-        dist_init_required=False,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures whatever the log level
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw(model, config.optimizer, world.device),
+            config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
+            dist_init_required=False,
+        )
     if config.compile:
         engine.compile()
     engine.train()
