@@ -12,9 +12,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .claim import RUN
-from .config import VOCABULARY, ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
-from .run_folder import EVALUATION, IMPORTED, VERSIONS, read_json, read_metrics, read_run_config, run_dir_of, series
+from gpt2train.claim import RUN
+from gpt2train.config import VOCABULARY, ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
+from gpt2train.run_folder import (
+    EVALUATION,
+    IMPORTED,
+    VERSIONS,
+    read_json,
+    read_metrics,
+    read_run_config,
+    run_dir_of,
+    series,
+)
 
 
 def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:

@@ -61,14 +61,13 @@ def svg_of_curves(
     y_label: str,
     name: str,
     points_too: str = "",
-    wide: bool = False,
 ) -> str:
     """One SVG element with a line for each (label, points); the curve labelled `points_too` shows its points as well.
 
-    `name` keeps the ids of several pictures in one page apart; `wide` makes one three times as wide as high.
+    `name` keeps the ids of several pictures in one page apart.
     """
     with rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(9.6, 3.2) if wide else (6.4, 3.2), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.2), layout="constrained")
         axes = figure.add_subplot()
         for number, (label, points) in enumerate(curves):
             drawn = thinned(points)

@@ -30,13 +30,12 @@ from torch import nn
 from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-
-from . import checkpoint
-from .config import ConfigError, EvaluateCommandConfig
-from .data import TokenWindows
-from .hf import choose_device, is_hf_folder, load_model
-from .model import GPT
-from .run_folder import EVALUATION, data_folder, replace_file, run_dir_of
+from gpt2train import checkpoint
+from gpt2train.config import ConfigError, EvaluateCommandConfig
+from gpt2train.data import TokenWindows
+from gpt2train.hf import choose_device, is_hf_folder, load_model
+from gpt2train.model import GPT
+from gpt2train.run_folder import EVALUATION, data_folder, replace_file, run_dir_of
 
 
 def validation_loss(

@@ -26,12 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
-
-from . import checkpoint, claim
-from .card import model_card
-from .config import CheckpointError, ConfigError, ExportConfig, GPT2TrainError, ImportConfig, ModelConfig
-from .hf import hf_config, read_hf_folder, to_hf_state, weight_files
-from .run_folder import IMPORTED
+from gpt2train import checkpoint, claim
+from gpt2train.card import model_card
+from gpt2train.config import CheckpointError, ConfigError, ExportConfig, GPT2TrainError, ImportConfig, ModelConfig
+from gpt2train.hf import hf_config, read_hf_folder, to_hf_state, weight_files
+from gpt2train.run_folder import IMPORTED
 
 END_OF_TEXT_TOKEN = "<|endoftext|>"
 

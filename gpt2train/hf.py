@@ -21,10 +21,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_pipeline.tokenizer import END_OF_TEXT
-
-from . import checkpoint
-from .config import CheckpointError, ConfigError, Device, ModelConfig
-from .model import GPT, LAYER_NORM_EPS
+from gpt2train import checkpoint
+from gpt2train.config import CheckpointError, ConfigError, Device, ModelConfig
+from gpt2train.model import GPT, LAYER_NORM_EPS
 
 _PREFIX = "transformer."
 _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")

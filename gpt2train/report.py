@@ -13,8 +13,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from .charts import svg_of_curves
-from .run_folder import (
+from gpt2train.charts import svg_of_curves
+from gpt2train.run_folder import (
     CONFIG,
     EVALUATION,
     REPORT,
@@ -26,7 +26,7 @@ from .run_folder import (
     replace_file,
     series,
 )
-from .scaling import summary
+from gpt2train.scaling import summary
 
 
 def report(run_dir: Path) -> Path:
@@ -63,9 +63,7 @@ def _charts(run_dir: Path) -> list[tuple[str, Markup]]:
     for title, unit, names in wanted:
         curves = [(label, points) for label, key in names if (points := series(metrics, key))]
         if curves:
-            svg = svg_of_curves(
-                curves, x_label="step", y_label=unit, name=title, points_too="validation", wide=not found
-            )
+            svg = svg_of_curves(curves, x_label="step", y_label=unit, name=title, points_too="validation")
             found.append((title, Markup(svg)))  # our own drawing: no text of a file is in it
     return found
 
@@ -115,12 +113,11 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--page);
 padding:1.2rem}
 h1{font-size:1.5rem;margin:0 0 .3rem;overflow-wrap:anywhere}h2{font-size:1.1rem;margin:2rem 0 .6rem}
 .dim{color:var(--dim)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.7rem;margin:1rem 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(7.2rem,1fr));gap:.7rem;margin:1rem 0}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem .9rem}
 .card b{display:block;font-size:1.35rem;font-variant-numeric:tabular-nums}
 .charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:.9rem}
 figure{background:var(--card);border:1px solid var(--line);border-radius:.6rem;padding:.7rem;margin:0}
-figure.wide{grid-column:1/-1}
 figcaption{color:var(--dim);margin-bottom:.3rem}figure svg{width:100%;height:auto;display:block}
 figure svg text{font-family:system-ui,sans-serif!important}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
@@ -145,7 +142,7 @@ font:13px/1.45 ui-monospace,monospace}
 </div>
 {% if charts %}<div class="charts">
 {% for title, svg in charts %}
-<figure{% if loop.first %} class="wide"{% endif %}><figcaption>{{ title }}</figcaption>{{ svg }}</figure>
+<figure><figcaption>{{ title }}</figcaption>{{ svg }}</figure>
 {% endfor %}</div>
 {% else %}<p>No step has been recorded yet.</p>{% endif %}
 {% if evaluation.get("results") %}<h2>Evaluation</h2>

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]  # OmegaConf lets PyYAML's errors through
 
-from .config import ConfigError, TrainConfig
+from gpt2train.config import ConfigError, TrainConfig
 
 CONFIG = "config.yaml"
 """The resolved settings."""

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .charts import Point, png_of_scaling
-from .config import ConfigError, ModelConfig, flops_per_token, parameter_count
-from .run_folder import last_value, read_metrics, read_run_config, replace_file, series
+from gpt2train.charts import Point, png_of_scaling
+from gpt2train.config import ConfigError, ModelConfig, flops_per_token, parameter_count
+from gpt2train.run_folder import last_value, read_metrics, read_run_config, replace_file, series
 
 LAW_PARAMETERS = 3
 """E, A and a."""

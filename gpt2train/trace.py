@@ -19,10 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.token_shards import DocumentSpan, TokenShards, TokenSplit
-
-from .config import ConfigError, TraceConfig, TrainConfig
-from .data import BatchOrder, TokenWindows
-from .run_folder import VERSIONS, data_folder, read_json, read_metrics, read_run_config, series
+from gpt2train.config import ConfigError, TraceConfig, TrainConfig
+from gpt2train.data import BatchOrder, TokenWindows
+from gpt2train.run_folder import VERSIONS, data_folder, read_json, read_metrics, read_run_config, series
 
 SCAN_TOKENS = 16_000_000
 """Positions whose documents are in memory at once while a URL is looked for."""
