@@ -64,6 +64,7 @@ def main() -> int:
             f"fetch.allow_addresses=[{address}]",
             "fetch.contact=https://example.org/gpt2train-demo",
             "fetch.delay_s=0",
+            "extract.favor_recall=true",
             f"tokenize.validation_fraction={VALIDATION_FRACTION}",
         )
     command("why", f"http://{address}/argparse.html", f"corpus={corpus}")
@@ -226,7 +227,7 @@ def logits_difference(run: Path, exported: Path) -> float:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from gpt2train.hf import load_model
+    from gpt2train.release.hf import load_model
 
     tokenizer = AutoTokenizer.from_pretrained(exported, local_files_only=True)
     ids = tokenizer("In the beginning there was a list of addresses.", return_tensors="pt").input_ids

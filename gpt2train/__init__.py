@@ -16,16 +16,14 @@ The rooms, in the order a run meets them:
     train       the loop
     evaluate    validation loss, perplexity of texts
     generate    sampling
-    hf          our parameters ↔ Hugging Face's
-    export      a run → a folder that transformers loads, with a model card
-    trace       a step → the documents it saw
+    trace       a step → the documents it saw; a URL → the steps that saw it
     scaling     runs of several sizes → a table and a picture of loss over size
     report      a run → one HTML file
-    commands    the table of commands
-    help        --help and tab completion
-    joined      launch, sweep and report: commands that join packages
+    charts      pictures of curves, for both
+    release/    Hugging Face format both ways, the model card
+    commands/   the table of commands, help and completion, commands that join packages
     cli         the command line
 
-From data_pipeline only `token_shards` and `tokenizer` are imported (joined, and the command table by name, aside); deepspeed only in engine and
-checkpoint.
+From data_pipeline only `token_shards` and `tokenizer` are imported (commands/joined aside); deepspeed only in engine
+and checkpoint.
 """

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gpt2train.commands import COMMANDS, Command, groups_of, load
+from gpt2train.commands.help import COMPLETION, command_help, complete, overview
+from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
 from gpt2train.config import ConfigError, check
-from gpt2train.help import COMPLETION, command_help, complete, overview
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def _run(name: str, overrides: list[str]) -> int:
         raise ConfigError([f"{o}: there is no such option; settings are key=value, see --help" for o in unknown])
     schema = load(command.schema)
     overrides = _name_positional(command, schema, overrides)
-    if command.run.startswith("gpt2train.joined:"):
+    if command.run.startswith("gpt2train.commands.joined:"):
         return int(load(command.run)(overrides))
     config = compose(
         schema, overrides, groups=groups_of(command), aliases=command.aliases, check=_bounds_of(command.schema)

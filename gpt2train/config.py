@@ -280,8 +280,8 @@ class EvaluateCommandConfig:
     sequences: int = 0
     """Validation sequences; 0: all."""
     stride: int = 512
-    """Step of the sliding window over a text, in tokens; at most the model's context. 1: each token sees a full context,
-    and the text costs as many passes as it has tokens."""
+    """Step of the sliding window over a text, in tokens; at most the model's context. 1: each token sees a full
+    context, and the text costs as many passes as it has tokens."""
     batch: int = 4
     device: Device = Device.auto
 

@@ -33,8 +33,8 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
 from gpt2train.config import ConfigError, EvaluateCommandConfig
 from gpt2train.data import TokenWindows
-from gpt2train.hf import choose_device, is_hf_folder, load_model
 from gpt2train.model import GPT
+from gpt2train.release.hf import choose_device, is_hf_folder, load_model
 from gpt2train.run_folder import EVALUATION, data_folder, replace_file, run_dir_of
 
 

@@ -21,8 +21,8 @@ import torch
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, GenerateConfig, NonFiniteError
-from gpt2train.hf import choose_device, load_model
 from gpt2train.model import GPT, KeyValueCache
+from gpt2train.release.hf import choose_device, load_model
 
 
 def keep_top_k(logits_V: torch.Tensor, k: int) -> torch.Tensor:

@@ -23,8 +23,8 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
 from gpt2train.config import ConfigError, EvaluateCommandConfig, ModelConfig
 from gpt2train.evaluate import Measure, as_json, evaluate, text_measure, validation_loss
-from gpt2train.hf import hf_config, to_hf_state
 from gpt2train.model import GPT
+from gpt2train.release.hf import hf_config, to_hf_state
 
 TINY = ModelConfig("tiny", layers=2, channels=16, heads=2, context=32, dropout=0.3)
 TEXTS = [f"Document {i}: the naïve café has {i * i} visitors — ça va? " * (3 + i % 4) for i in range(12)]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train import checkpoint, export
+from gpt2train import checkpoint
 from gpt2train.claim import Claim, identity
 from gpt2train.config import (
     CheckpointError,
@@ -29,10 +29,11 @@ from gpt2train.config import (
     ModelConfig,
     TrainConfig,
 )
-from gpt2train.export import export_run, import_model
 from gpt2train.generate import sample
-from gpt2train.hf import load_model
 from gpt2train.model import GPT
+from gpt2train.release import export
+from gpt2train.release.export import export_run, import_model
+from gpt2train.release.hf import load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 

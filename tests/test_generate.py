@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, GenerateConfig, ModelConfig, NonFiniteError
-from gpt2train.export import _write_json
 from gpt2train.generate import generate, keep_top_k, keep_top_p, next_token, sample, utf8_stream
-from gpt2train.hf import hf_config, to_hf_state
 from gpt2train.model import GPT
+from gpt2train.release.export import _write_json
+from gpt2train.release.hf import hf_config, to_hf_state
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt2train.config import CheckpointError, ConfigError, Device, ModelConfig
-from gpt2train.hf import (
+from gpt2train.model import GPT
+from gpt2train.release.hf import (
     choose_device,
     from_hf_state,
     hf_config,
@@ -23,7 +24,6 @@ from gpt2train.hf import (
     read_hf_folder,
     to_hf_state,
 )
-from gpt2train.model import GPT
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 

@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
     "launch": Command(
         "starts `train` on all GPUs of this machine, or on n CPU processes",
         "gpt2train.config:TrainConfig",
-        "gpt2train.joined:launch_training",
+        "gpt2train.commands.joined:launch_training",
         groups="train",
         aliases=DATA,
         examples=("gpt2train launch processes=2 model=nano data=corpus/tokens run_dir=runs/nano steps=300",),
@@ -60,7 +60,7 @@ COMMANDS: dict[str, Command] = {
     "sweep": Command(
         "trains a ladder of sizes, or any settings, and tabulates loss over size",
         "gpt2train.config:TrainConfig",
-        "gpt2train.joined:sweep_training",
+        "gpt2train.commands.joined:sweep_training",
         groups="train",
         aliases=DATA,
         examples=("gpt2train sweep model=ladder data=corpus/tokens out=runs/ladder steps=1000",),
@@ -80,13 +80,13 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "a run → a folder that transformers loads, with a model card",
         "gpt2train.config:ExportConfig",
-        "gpt2train.export:export_run",
+        "gpt2train.release.export:export_run",
         examples=("gpt2train export run=runs/small to=out/",),
     ),
     "import": Command(
         "a folder in Hugging Face format → a run to train on from",
         "gpt2train.config:ImportConfig",
-        "gpt2train.export:import_model",
+        "gpt2train.release.export:import_model",
         examples=("gpt2train import path=gpt2/ to=runs/gpt2",),
     ),
     "why": Command(
@@ -105,7 +105,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "one HTML file of a corpus or a run",
         "gpt2train.config:ReportConfig",
-        "gpt2train.joined:write_report",
+        "gpt2train.commands.joined:write_report",
         positional="path",
         examples=("gpt2train report corpus/", "gpt2train report runs/small"),
     ),

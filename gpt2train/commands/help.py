@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
 
-from gpt2train.commands import COMMANDS, LADDER, groups_of, load
+from gpt2train.commands.table import COMMANDS, LADDER, groups_of, load
 from gpt2train.compose import choices, group_names, leaves
 
 

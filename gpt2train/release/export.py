@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, claim
-from gpt2train.card import model_card
 from gpt2train.config import CheckpointError, ConfigError, ExportConfig, GPT2TrainError, ImportConfig, ModelConfig
-from gpt2train.hf import hf_config, read_hf_folder, to_hf_state, weight_files
+from gpt2train.release.card import model_card
+from gpt2train.release.hf import hf_config, read_hf_folder, to_hf_state, weight_files
 from gpt2train.run_folder import IMPORTED
 
 END_OF_TEXT_TOKEN = "<|endoftext|>"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt2train.commands import DATA, LADDER
+from gpt2train.commands.table import DATA, LADDER
 from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted
 from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
 from launch import config as launch_config

@@ -1,0 +1,6 @@
+"""What the command line offers.
+
+table   each command: what it is for, its settings, the function that runs it
+help    --help and tab completion
+joined  launch, sweep and report: commands that join packages
+"""

@@ -1,0 +1,6 @@
+"""A run → what others can use.
+
+hf      our parameters ↔ Hugging Face's
+export  a run → a folder that transformers loads; such a folder → a run
+card    the model card
+"""
