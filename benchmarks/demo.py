@@ -30,13 +30,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-PACKAGES = ("sympy", "scipy", "numpy", "matplotlib", "rich")
-"""Installed packages, beside the standard library, whose documentation is served."""
+PACKAGES = tuple(
+    "mpmath rich aiohttp fsspec huggingface_hub hypothesis pydantic requests urllib3 setuptools babel omegaconf jinja2 "
+    "pygments trafilatura tqdm attr yarl dateutil".split()
+)
+"""Installed packages, beside the standard library, whose documentation is served: those that pydoc can import anew."""
 
 # Importing these does something that a person would notice.
 NOTICEABLE = {"antigravity", "this", "turtle", "turtledemo", "idlelib", "tkinter", "test", "lib2to3", "ensurepip"}
 
-MAX_SOURCE_BYTES = 250_000
+MAX_SOURCE_BYTES = 80_000
 VALIDATION_FRACTION = 0.05
 console = Console(highlight=False, soft_wrap=True)
 started = time.monotonic()
