@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -59,18 +60,19 @@ def main() -> int:
 
     with pydoc_server(out / "site.log") as address:
         say(f"A site of Python documentation stands at http://{address}/")
-        write_url_list(out / "urls.txt", address, options.pages)
+        closed = f"127.0.0.1:{free_port()}"
+        page = write_url_list(out / "urls.txt", address, closed, options.pages)
         command(
             "corpus",
             f"urls={out / 'urls.txt'}",
             f"out={corpus}",
-            f"fetch.allow_addresses=[{address}]",
+            f"fetch.allow_addresses=[{address},{closed}]",
             "fetch.contact=https://example.org/gpt2train-demo",
             "fetch.delay_s=0",
             "extract.favor_recall=true",
             f"tokenize.validation_fraction={VALIDATION_FRACTION}",
         )
-    command("why", f"http://{address}/argparse.html", f"corpus={corpus}")
+    command("why", page, f"corpus={corpus}")
 
     def training(run_dir: Path) -> list[str]:
         return [
@@ -149,9 +151,18 @@ def pydoc_server(log: Path) -> Iterator[str]:
             server.wait()
 
 
-def write_url_list(path: Path, address: str, pages: int) -> None:
-    """Addresses of the pages with most prose, in an order fixed by a seed, and some that end otherwise."""
-    port = int(address.rsplit(":", 1)[1])
+def free_port() -> int:
+    """A port of 127.0.0.1 where nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write_url_list(path: Path, address: str, closed: str, pages: int) -> str:
+    """Addresses of the pages with most prose, in an order fixed by a seed, and some that end otherwise.
+
+    Returns the first of the good ones.
+    """
     good = [f"http://{address}/{name}.html" for name in documented_modules(pages)]
     other = [
         good[0],  # twice in the list
@@ -160,7 +171,9 @@ def write_url_list(path: Path, address: str, pages: int) -> None:
         f"http://{address}/manual.pdf",
         "http://169.254.169.254/latest/meta-data/",  # a cloud's secrets
         "http://10.0.0.1/",
-        f"http://127.0.0.1:{port - 1}/",  # a port that nobody allowed
+        "http://127.0.0.1:9999/",  # a port that nobody allowed
+        f"http://{closed}/",  # one that is allowed, where nobody answers
+        "http://no-such-host.invalid/",
         "ftp://127.0.0.1/readme.txt",
         "not a URL at all",
     ]
@@ -168,6 +181,7 @@ def write_url_list(path: Path, address: str, pages: int) -> None:
     random.Random(0).shuffle(lines)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     say(f"{len(lines)} addresses in {path}")
+    return good[0]
 
 
 def documented_modules(most: int) -> list[str]:
