@@ -6,11 +6,20 @@ answer at once. Files in `configs/corpus/` hold only what a recipe changes. `che
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, fields
 from enum import Enum
 
 STAGES = ("urls", "fetch", "extract", "filter", "dedup", "decontaminate", "tokenize")
+
+
+# The fetch's typed reasons (crawl/fetch.py lists what each means); `retry` may name any of them.
+FETCH_REASONS = tuple(
+    "dns connect tls timeout http_status too_large header_too_large truncated protocol bad_encoding robots_unreachable "
+    "redirect_loop too_many_redirects retry_after out_of_budget "
+    "robots noindex wrong_type blocked_address bad_scheme crawl_delay".split()
+)
 
 
 class Source(Enum):
@@ -21,6 +30,7 @@ class Source(Enum):
 
 class Executor(Enum):
     local = "local"
+    ray = "ray"
 
 
 class Keep(Enum):
@@ -51,6 +61,9 @@ class UrlListConfig:
     """Drop URLs longer than this many bytes."""
     blocked_domains: list[str] = field(default_factory=list)
     """Registrable domains or hosts to leave out, with all their subdomains."""
+    blocked_domains_file: str = ""
+    """A file with more of them, one a line; empty lines and lines that begin with # do not count. Its content is part
+    of the stage's input: a changed file redoes the stage."""
     blocked_extensions: list[str] = field(default_factory=lambda: list(BLOCKED_EXTENSIONS))
     """Endings of the path that are never HTML."""
     blocked_patterns: list[str] = field(default_factory=list)
@@ -103,6 +116,12 @@ class FetchConfig:
     """A WARC file is closed and the next begun beyond this many bytes."""
     tail_budget_s: float = 0.0
     """Once 99 % of URLs are done, the rest get this long, in seconds, then end as `out_of_budget`. 0: no bound."""
+    since: str = ""
+    """Folder of an earlier corpus: its pages are asked for with If-None-Match or If-Modified-Since, and one that did
+    not change is taken from that corpus's WARC files, which must stay where they are. Needs the same `shards`."""
+    rescue: str = ""
+    """WARC file or folder in which links that turned out dead are looked up; a page found there is kept, and marked
+    `rescued` in the ledger and in the document."""
 
 
 @dataclass
@@ -177,6 +196,9 @@ class QualityConfig:
     """Characters in lines that occur more than once (FineWeb: 0.01)."""
     max_newline_word_ratio: float = 0.0
     """Newlines per word (FineWeb: 0.3). 0: off."""
+    blocked_words_file: str = ""
+    """A file of words or phrases, one a line; a document that holds one, in whatever case, is dropped (C4's rule about
+    bad words, with your list). A changed file redoes the stage."""
 
 
 @dataclass
@@ -191,6 +213,13 @@ class DedupConfig:
     rows: int = 8
     """bands × rows permutations; two documents of Jaccard similarity s meet with probability 1-(1-s^rows)^bands."""
     keep: Keep = Keep.longest
+    """Which document of a cluster stays: `longest`, `earliest` (by date), or `first` (of the list)."""
+    against: list[str] = field(default_factory=list)
+    """Folders of other corpora: documents that they keep already are dropped here as `old_exact_duplicate` or
+    `old_near_duplicate`. They need the same ngram, bands and rows."""
+    plant: int = 0
+    """Known near-duplicates to plant, and as many texts that are merely alike, to measure recall and precision of this
+    very run; they are counted in summary.json and never reach the corpus. 0: none."""
 
 
 @dataclass
@@ -202,6 +231,16 @@ class DecontaminateConfig:
     drop: bool = False
     """Drop documents that share an n-gram of `drop_ngram` words with an evaluation set."""
     drop_ngram: int = 13
+    """Words in an n-gram that `drop` and `remove_spans` look for (GPT-3's: 13)."""
+    remove_spans: bool = False
+    """Cut the shared n-grams of `drop_ngram` words out of the documents instead of dropping these."""
+
+
+@dataclass
+class DocumentsConfig:
+    mask_personal_data: bool = False
+    """Replace e-mail addresses, public IP addresses and telephone numbers in the texts by examples that belong to
+    nobody; the ledger counts them. Titles, authors and URLs stay as they are."""
 
 
 @dataclass
@@ -212,6 +251,30 @@ class TokenizeConfig:
     """Tokens in one .bin file (2 bytes each)."""
     seed: int = 0
     """Seed of the order of documents."""
+
+
+@dataclass
+class CorpusReportConfig:
+    domains: str = ""
+    """A list of domains to compare the corpus with, one a line, most frequent first, with or without a count (OpenAI's
+    top 1,000 of WebText has this form): the report shows how many of them the corpus has, and how much of it they are.
+    """
+
+
+@dataclass
+class RayConfig:
+    """For executor=ray; see docs/ray.md."""
+
+    address: str = "auto"
+    """host:port of the cluster's head; auto: what RAY_ADDRESS says, or the cluster that this machine belongs to."""
+    cpus: float = 1.0
+    """Cores that one task reserves."""
+    memory_mb: int = 0
+    """Memory that one task reserves, in MiB; 0: tasks are placed by cores alone."""
+    retries: int = 3
+    """Further tries of a task whose worker or node died."""
+    node_timeout_s: float = 300.0
+    """The run ends when no living node has had what one task reserves for this long, in seconds."""
 
 
 @dataclass
@@ -231,11 +294,15 @@ class CorpusConfig:
     """For source=dataset: the column or key that holds the text."""
     stages: list[str] = field(default_factory=list)
     """Stages to run, in any order; empty: all."""
+    retry: list[str] = field(default_factory=list)
+    """Reasons of the fetch whose URLs are fetched anew, [dns,timeout,http_429]: `http_429` is the status 429 alone,
+    `http_status` any. What came of the earlier tries stays in the journal; the newest result counts."""
     recipe: str = ""
     """Name of the recipe in force; choose with recipe=NAME."""
     executor: Executor = Executor.local
+    """Where shards are worked on: on this machine's cores, or on a Ray cluster that shares `out`."""
     workers: int = 0
-    """Worker processes; 0: one per core."""
+    """Worker processes; 0: one per core (executor=ray: as many as the cluster has room for)."""
     shards: int = 0
     """Shards that the work is cut into; 0: one per 5,000 rows, at least 8. It is part of the result's order."""
     progress: bool = True
@@ -247,7 +314,21 @@ class CorpusConfig:
     quality: QualityConfig = field(default_factory=QualityConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    report: CorpusReportConfig = field(default_factory=CorpusReportConfig)
+    what_if: list[str] = field(default_factory=list)
+    """Settings to try on the numbers that the corpus `out` stores, such as [quality.min_words=400]: prints what would be
+    kept and dropped, and writes nothing. Takes language.*, quality.*, dedup.exact, dedup.near and dedup.keep; all
+    other settings are the ones that the corpus was made with."""
+    forget: str = ""
+    """Take-down: a file of domains and URLs, one a line, to remove from the corpus `out` for good. All other settings
+    are the ones that the corpus was made with."""
+    forget_archive: bool = False
+    """With `forget`: blank the responses in the corpus's own WARC files, too. Offsets of all others stay."""
+    runs: list[str] = field(default_factory=list)
+    """With `forget`: folders of training runs; lists the steps that saw what is removed."""
 
 
 def check(config: CorpusConfig) -> list[str]:
@@ -259,7 +340,13 @@ def check(config: CorpusConfig) -> list[str]:
             faults.append(f"{name}={value}: {bound}; {remedy}")
 
     c, f = config, config.fetch
-    if c.source is Source.urls:
+    require(not (c.what_if and c.forget), "forget", c.forget, "cannot go with what_if", "give one of them")
+    if c.runs or c.forget_archive:
+        name = "runs" if c.runs else "forget_archive"
+        require(bool(c.forget), name, getattr(c, name), "belongs to forget", "give forget=domains.txt as well")
+    if c.what_if or c.forget:
+        pass  # the corpus knows where its documents came from
+    elif c.source is Source.urls:
         require(bool(c.urls), "urls", "''", "must name a URL list", "give urls=list.txt")
     else:
         require(bool(c.path), "path", "''", f"must name the input of source={c.source.value}", "give path=…")
@@ -267,7 +354,29 @@ def check(config: CorpusConfig) -> list[str]:
     for stage in c.stages:
         require(stage in STAGES, "stages", stage, f"must be among {', '.join(STAGES)}", "name stages from that list")
     require(c.workers >= 0, "workers", c.workers, "must be 0 (one per core) or more", "give workers=2")
+    if c.executor is Executor.ray:
+        address, bound = c.ray.address, "must be auto or host:port of a cluster that this machine belongs to"
+        require(re.fullmatch(r"auto|[^\s/]+:\d{1,5}", address) is not None, "ray.address", address, bound, "give auto")
+        require(c.ray.cpus > 0, "ray.cpus", c.ray.cpus, "must be above 0", "give 1")
+        require(c.ray.memory_mb >= 0, "ray.memory_mb", c.ray.memory_mb, "must be 0 (none) or more", "give 4000")
+        require(c.ray.retries >= 0, "ray.retries", c.ray.retries, "must be 0 or more", "give 3")
+        timeout = c.ray.node_timeout_s
+        require(timeout > 0, "ray.node_timeout_s", timeout, "must be above 0 s", "give 300")
     require(c.shards >= 0, "shards", c.shards, "must be 0 (automatic) or more", "leave it out")
+    for reason in c.retry:
+        require(
+            reason in FETCH_REASONS or re.fullmatch(r"(http_)?[1-5]\d\d", reason) is not None,
+            "retry",
+            reason,
+            "must be a reason of the fetch or an HTTP status such as http_429",
+            f"give some of {', '.join(FETCH_REASONS)}",
+        )
+    if c.retry:
+        require(c.source is Source.urls, "retry", c.retry, "needs source=urls, as others fetch nothing", "leave it out")
+        require(not c.stages or "fetch" in c.stages, "retry", c.retry, "needs the stage fetch", "add it to stages")
+    if f.since:
+        same = os.path.abspath(f.since) == os.path.abspath(c.out)
+        require(not same, "fetch.since", f.since, "must be another corpus than out", "give a new out=")
     for pattern in c.url_list.blocked_patterns:
         try:
             re.compile(pattern)
@@ -339,12 +448,23 @@ def check(config: CorpusConfig) -> list[str]:
     )
     for rule in fields(QualityConfig):
         value = getattr(c.quality, rule.name)
-        if not isinstance(value, bool):
+        if not isinstance(value, bool | str):
             lowest = min(value, default=0) if isinstance(value, list) else value
             require(lowest >= 0, f"quality.{rule.name}", value, "must be 0 or more", "leave it out")
     for name in ("ngram", "drop_ngram"):
         value = getattr(c.decontaminate, name)
         require(value > 0, f"decontaminate.{name}", value, "must be above 0 words", "leave it out")
+    require(
+        not (c.decontaminate.drop and c.decontaminate.remove_spans),
+        "decontaminate.remove_spans",
+        "true",
+        "cannot go with decontaminate.drop",
+        "give one of them",
+    )
+    require(c.dedup.plant >= 0, "dedup.plant", c.dedup.plant, "must be 0 or more", "give 100")
+    require(
+        c.dedup.near or not c.dedup.plant, "dedup.plant", c.dedup.plant, "measures dedup.near", "give dedup.near=true"
+    )
     for name in ("ngram", "bands", "rows"):
         require(getattr(c.dedup, name) > 0, f"dedup.{name}", getattr(c.dedup, name), "must be above 0", "leave it out")
     require(

@@ -7,6 +7,7 @@ that does not hold, AccountingError stops the run; a total that does not add up 
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.layout import Corpus
-from data_pipeline.records import DROPPED, FAILED, KEPT, LEDGER_SCHEMA, AccountingError
+from data_pipeline.records import DROPPED, FAILED, KEPT, LEDGER_SCHEMA, ORIGIN_NUMBERS, AccountingError, numbers_to_json
 from data_pipeline.store import write_table
 
 
@@ -41,12 +42,32 @@ def write_ledger_shard(corpus: Corpus, k: int, stages: Sequence[str]) -> dict[st
         counts[stage] = count(rows, f"{stage}, shard {k}")
         ended += [{**row, "stage": stage} for row in rows if row["state"] != KEPT]
         entering = {row["index"] for row in rows if row["state"] == KEPT}
-    ended += [{**row, "stage": stages[-1]} for row in rows if row["state"] == KEPT]
+    origin = origin_numbers(corpus, k)
+    for row in rows:
+        if row["state"] == KEPT:
+            numbers = row["numbers"]
+            if row["index"] in origin:
+                numbers = numbers_to_json({**json.loads(numbers or "{}"), **origin[row["index"]]})
+            ended.append({**row, "numbers": numbers, "stage": stages[-1]})
     ended.sort(key=lambda row: row["index"])
     if len(ended) != counts[stages[0]]["in"]:
         raise AccountingError(f"shard {k}: {counts[stages[0]]['in']} rows in, {len(ended)} in the ledger")
     write_table(pa.Table.from_pylist(ended, schema=LEDGER_SCHEMA), corpus.ledger(k))
     return {"stages": counts}
+
+
+def origin_numbers(corpus: Corpus, k: int) -> dict[int, dict[str, Any]]:
+    """Index → ORIGIN_NUMBERS, for the pages of shard `k` that came otherwise than by a plain request."""
+    path = corpus.verdicts("fetch", k)
+    if not path.exists():  # source=dataset
+        return {}
+    found = {}
+    table = pq.read_table(path, columns=["index", "numbers"])
+    for index, text in zip(table["index"].to_pylist(), table["numbers"].to_pylist(), strict=True):
+        if text and any(name in text for name in ORIGIN_NUMBERS):
+            numbers = json.loads(text)
+            found[index] = {name: numbers[name] for name in ORIGIN_NUMBERS if name in numbers}
+    return found
 
 
 def count(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:

@@ -23,11 +23,12 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from data_pipeline import card, ledger, report, tasks, texts, tokenizer
-from data_pipeline.config import STAGES, CorpusConfig, Source, check
-from data_pipeline.crawl import urls
+from data_pipeline import card, executors, ledger, report, tasks, texts, tokenizer
+from data_pipeline.config import STAGES, CorpusConfig, Executor, Source, check
+from data_pipeline.crawl import retry, urls
 from data_pipeline.crawl.fetch import FetchShard
-from data_pipeline.executors import LocalExecutor, Task, cores
+from data_pipeline.crawl.rescue import Rescue
+from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
 from data_pipeline.pack import write_token_shards
 from data_pipeline.progress import Reporter
@@ -70,15 +71,28 @@ def build_corpus(config: CorpusConfig) -> int:
         remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
             OmegaConf.save(OmegaConf.structured(config), temporary)
-        with LocalExecutor(config.workers or cores()) as executor:
+        with _executor(config, out) as executor:
             Run(config, executor).run()
+        remove_temporaries(out)  # of tasks whose worker died and that others finished
     return 0
+
+
+def _executor(config: CorpusConfig, out: Path) -> executors.Executor:
+    if config.executor is Executor.local:
+        return executors.LocalExecutor(config.workers or executors.cores())
+    try:
+        from data_pipeline.ray_executor import RayExecutor
+    except ModuleNotFoundError as e:
+        if e.name != "ray":
+            raise
+        raise InputError("executor=ray: Ray is not installed; run pip install 'gpt2train[ray]'") from e
+    return RayExecutor(config.ray, config.workers, out)
 
 
 class Run:
     """One run over one corpus folder, under its lock."""
 
-    def __init__(self, config: CorpusConfig, executor: LocalExecutor) -> None:
+    def __init__(self, config: CorpusConfig, executor: executors.Executor) -> None:
         self.config = config
         self.executor = executor
         self.out = Path(config.out)
@@ -129,64 +143,80 @@ class Run:
     def fetch(self) -> None:
         """No setting of the fetch makes it run again: what was fetched is the raw truth and stays."""
         corpus, folder = self.corpus, self.corpus.folder("fetch")
-        shards = [FetchShard(corpus.table("urls", k), folder, k) for k in range(self.shards)]
+        earlier = self._earlier_pages()
+        shards = [FetchShard(corpus.table("urls", k), folder, k, earlier[k]) for k in range(self.shards)]
+        archived = self._rescue_index()
         steps = [
             Step(
                 "fetch",
                 f"{k:05d}",
                 folder,
                 {},
-                (corpus.table("urls", k),),
+                (corpus.table("urls", k), *([archived[k].table] if archived else [])),
                 (corpus.table("fetch", k), corpus.verdicts("fetch", k)),
             )
             for k in range(self.shards)
         ]
+        again = retry.begin_round(folder, shards, self.config.retry)
+        if again is not None:
+            for k in again.waiting:
+                steps[k].marker.unlink(missing_ok=True)
+            self.reporter.say(f"fetch: {sum(again.waiting.values()):,} URLs are open, retry={','.join(again.reasons)}")
         due = [s for s, step in zip(shards, steps, strict=True) if why_not_done(step, self.hashes) is not None]
         if due:
             folder.mkdir(parents=True, exist_ok=True)
             processes = min(self.config.fetch.processes, self.executor.workers, len(due))
             groups = [due[i::processes] for i in range(processes)]
-            work = [Task("fetch", tasks.fetch_group, (g, self.config.fetch, self.out)) for g in groups]
+            arguments = (self.config.fetch, self.out, self.config.progress)
+            work = [Task("fetch", tasks.fetch_group, (g, *arguments)) for g in groups]
             total = sum(_rows(corpus.table("urls", s.number)) for s in due)
             with self.reporter.stage("fetch", total) as counter:
                 self.executor.run(work, on_done=lambda task, result: None, on_rows=counter.advance)
                 if counter.done:
                     self.reporter.say(f"fetch: {counter.done:,} URLs, {counter.rate:,.0f}/s")
+        retry.end_round(folder)
         by_name = {step.name: shard for shard, step in zip(shards, steps, strict=True)}
-        self._run(
-            "fetch",
-            steps,
-            lambda step: Task(f"fetch {step.name}", tasks.finish_fetch, (by_name[step.name], self.out)),
-            quiet=True,
-        )
+
+        def finish(step: Step) -> Task:
+            shard = by_name[step.name]
+            arguments = (shard, self.out, archived[shard.number] if archived else None)
+            return Task(f"fetch {step.name}", tasks.finish_fetch, arguments)
+
+        self._run("fetch", steps, finish, quiet=True)
+
+    def _earlier_pages(self) -> list[Path] | list[None]:
+        """For each shard the page table of the same shard of `fetch.since`."""
+        since = self.config.fetch.since
+        if not since:
+            return [None] * self.shards
+        tables = [Corpus(Path(since)).table("fetch", k) for k in range(self.shards)]
+        if _fixed_shards(Path(since)) != self.shards or not all(table.exists() for table in tables):
+            raise InputError(
+                f"fetch.since={since}: must be a corpus of {self.shards} shards whose fetch is finished; "
+                f"leave shards= out when a new corpus is begun, and it takes that number over"
+            )
+        return tables
+
+    def _rescue_index(self) -> list[Rescue]:
+        """For each shard the archived pages of `fetch.rescue`; empty without it."""
+        if not self.config.fetch.rescue:
+            return []
+        files = _warc_files("fetch.rescue", Path(self.config.fetch.rescue))
+        parts, steps, index = self._warc_index(files, self.corpus.folder("rescue"))
+        self._run("rescue", steps, index, quiet=True)
+        outputs = [self.corpus.table("rescue", k) for k in range(self.shards)]
+        pages = [page for page, _ in parts]
+        settings = {"shards": self.shards, "strip_tracking": self.config.url_list.strip_tracking}
+        step = Step("rescue", "all", self.corpus.folder("rescue"), settings, tuple(pages), tuple(outputs))
+        arguments = (pages, outputs, self.config.url_list)
+        self._run("rescue", [step], lambda step: Task("rescue", tasks.split_rescue_index, arguments), quiet=True)
+        return [Rescue(table, self.config.fetch) for table in outputs]
 
     def enter_by_warc(self, run_urls: bool, run_fetch: bool) -> None:
-        root = Path(self.config.path)
-        if not root.exists():
-            raise InputError(f"path={root}: there is no such WARC file or folder; check the path")
-        endings = (".warc", ".warc.gz", ".warc.zst", ".arc", ".arc.gz")
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.name.endswith(endings))
-        if not files:
-            raise InputError(f"path={root}: holds no {', '.join(endings)} file; give the folder that does")
-        files = [p.resolve() for p in files]
+        files = _warc_files("path", Path(self.config.path))
         corpus, folder = self.corpus, self.corpus.folder("fetch")
-        parts = [
-            (folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))
-        ]
+        parts, steps, index = self._warc_index(files, folder)
         if run_fetch:
-            # WARC files are large: their size stands for them here, each record's digest is checked when it is read.
-            steps = [
-                Step("fetch", f"file_{i:05d}", folder, {"file": str(p), "bytes": p.stat().st_size}, (), parts[i])
-                for i, p in enumerate(files)
-            ]
-            place = {step.name: i for i, step in enumerate(steps)}
-
-            def index(step: Step) -> Task:
-                i = place[step.name]
-                return Task(
-                    f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch)
-                )
-
             self._run("index", steps, index)
         self._require("extract", [p for part in parts for p in part], "fetch")
         self.shards = self._shard_count(lambda: sum(_rows(v) for _, v in parts))
@@ -196,6 +226,28 @@ class Run:
             step = Step("fetch", "all", folder, {"shards": self.shards}, inputs, outputs)
             arguments = (self.out, parts, self.shards)
             self._run("fetch", [step], lambda step: Task("fetch", tasks.split_warc_index, arguments), quiet=True)
+
+    def _warc_index(
+        self, files: Sequence[Path], folder: Path
+    ) -> tuple[list[tuple[Path, Path]], list[Step], Callable[[Step], Task]]:
+        """(page and verdict tables, steps, step → task) of an index of WARC files, one step a file.
+
+        WARC files are large: their size stands for them here, each record's digest is checked when it is read.
+        """
+        parts = [
+            (folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))
+        ]
+        steps = [
+            Step(folder.name, f"file_{i:05d}", folder, {"file": str(p), "bytes": p.stat().st_size}, (), parts[i])
+            for i, p in enumerate(files)
+        ]
+        place = {step.name: i for i, step in enumerate(steps)}
+
+        def index(step: Step) -> Task:
+            i = place[step.name]
+            return Task(f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch))
+
+        return parts, steps, index
 
     def enter_by_dataset(self, run_urls: bool, run_fetch: bool) -> None:
         files = texts.dataset_files(self.config.path)
@@ -387,16 +439,16 @@ class Run:
 
     def _shard_count(self, count_rows: Callable[[], int]) -> int:
         """The number of shards is part of the order of documents, so it stays for the life of a corpus folder."""
-        path = self.out / "shards.json"
-        if path.exists():
-            fixed = int(json.loads(path.read_text(encoding="utf-8"))["shards"])
+        fixed = _fixed_shards(self.out)
+        if fixed is not None:
             if self.config.shards not in (0, fixed):
                 raise InputError(
                     f"shards={self.config.shards}: this corpus was begun with {fixed}; give that or a new out="
                 )
             return fixed
-        shards = self.config.shards or max(LEAST_SHARDS, -(-count_rows() // ROWS_PER_SHARD))
-        write_json({"shards": shards}, path)
+        earlier = _fixed_shards(Path(self.config.fetch.since)) if self.config.fetch.since else None
+        shards = self.config.shards or earlier or max(LEAST_SHARDS, -(-count_rows() // ROWS_PER_SHARD))
+        write_json({"shards": shards}, self.out / "shards.json")
         return shards
 
     def _require(self, stage: str, files: Sequence[Path], before: str) -> None:
@@ -467,6 +519,23 @@ class Run:
             self.executor.run(list(work.values()), on_done=on_done, on_rows=counter.advance)
             if counter.done and not quiet:
                 self.reporter.say(f"{name}: {counter.done:,} rows, {counter.rate:,.0f}/s")
+
+
+def _fixed_shards(corpus: Path) -> int | None:
+    """The number of shards that a corpus was begun with."""
+    path = corpus / "shards.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["shards"]) if path.exists() else None
+
+
+def _warc_files(setting: str, root: Path) -> list[Path]:
+    """The WARC file `root`, or those of the folder, in the order of their names. Raises InputError without any."""
+    if not root.exists():
+        raise InputError(f"{setting}={root}: there is no such WARC file or folder; check the path")
+    endings = (".warc", ".warc.gz", ".warc.zst", ".arc", ".arc.gz")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.name.endswith(endings))
+    if not files:
+        raise InputError(f"{setting}={root}: holds no {', '.join(endings)} file; give the folder that does")
+    return [p.resolve() for p in files]
 
 
 def plain(config: Any, prefix: str = "") -> dict[str, Any]:

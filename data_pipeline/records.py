@@ -84,8 +84,15 @@ PAGE_SCHEMA = pa.schema(
         ("warc_file", pa.string()),
         ("warc_offset", pa.int64()),  # of the response record, in bytes of the compressed file
         ("payload_digest", pa.string()),  # sha256 hex of the decoded body
+        ("etag", pa.string()),  # what the server gave to ask by the next time, or null
+        ("last_modified", pa.string()),
     ],
 )
+
+# Numbers of the fetch that tell where a page is from; they stay with its row in the ledger and with its document.
+#   rescued        the reason why its link is dead: it was found in a WARC file at hand
+#   not_modified   1: the server said that the page is as it was in the earlier corpus
+ORIGIN_NUMBERS = ("rescued", "not_modified")
 
 # A text. `numbers` is a JSON object of what the stages measured; `digest` is the sha256 hex of `text` in UTF-8.
 DOCUMENT_SCHEMA = pa.schema(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import ledger, pack
-from data_pipeline.clean import contamination, dedup, extract, language, quality
+from data_pipeline import forget, ledger, pack
+from data_pipeline.clean import contamination, dedup, extract, language, personal, planting, quality
 from data_pipeline.clean.html_text import Rejected
 from data_pipeline.config import (
     DecontaminateConfig,
     DedupConfig,
+    DocumentsConfig,
     ExtractConfig,
     FetchConfig,
     LanguageConfig,
     QualityConfig,
+    UrlListConfig,
 )
-from data_pipeline.crawl import fetch, warc
+from data_pipeline.crawl import fetch, rescue, warc
 from data_pipeline.crawl.warc import WarcError
 from data_pipeline.executors import tick
 from data_pipeline.layout import Corpus
@@ -37,6 +40,8 @@ from data_pipeline.records import (
     KEPT,
     PAGE_SCHEMA,
     VERDICT_SCHEMA,
+    CorruptionError,
+    InputError,
     Verdict,
     numbers_to_json,
     verdict_table,
@@ -67,6 +72,8 @@ def read_documents(corpus: Corpus, k: int, before: str) -> pa.Table:
         documents = _kept(documents, corpus.verdicts(stage, k))
         if stage == "filter":
             documents = _with_changes(documents, pq.read_table(corpus.changes(k)))
+        elif stage == "decontaminate":
+            documents = _with_changes(documents, pq.read_table(corpus.cut(k)))
     return documents
 
 
@@ -76,7 +83,7 @@ def _with_changes(documents: pa.Table, changes: pa.Table) -> pa.Table:
     for document in documents.to_pylist():
         change = rows.get(document["index"])
         if change:
-            document["language"] = change["language"]
+            document["language"] = change["language"] or document["language"]
             if change["text"] is not None:
                 document["text"] = change["text"]
                 document["digest"] = extract.text_digest(change["text"])
@@ -112,8 +119,10 @@ def index_warc_file(path: Path, number: int, out: Path, verdicts_out: Path, conf
     return {"rows": len(verdicts)}
 
 
-def fetch_group(shards: Sequence[fetch.FetchShard], config: FetchConfig, out: Path) -> dict[str, Any]:
-    """Fetch until each URL of these shards has a state in its journal."""
+def fetch_group(
+    shards: Sequence[fetch.FetchShard], config: FetchConfig, out: Path, progress: bool = False
+) -> dict[str, Any]:
+    """Fetch until each URL of these shards has a state in its journal; `progress`: tell when the end can come."""
     done = 0
 
     def on_progress(now: int, _total: int) -> None:
@@ -121,17 +130,26 @@ def fetch_group(shards: Sequence[fetch.FetchShard], config: FetchConfig, out: Pa
         tick(now - done)
         done = now
 
-    fetch.fetch_shards(shards, config, out, on_progress)
+    def on_note(line: str) -> None:
+        if progress:
+            print(line, file=sys.stderr, flush=True)
+
+    fetch.fetch_shards(shards, config, out, on_progress, on_note=on_note)
     return {}
 
 
-def finish_fetch(shard: fetch.FetchShard, out: Path) -> dict[str, Any]:
+def finish_fetch(shard: fetch.FetchShard, out: Path, archived: rescue.Rescue | None) -> dict[str, Any]:
     """Journal → pages and verdicts, in the order of the URL list."""
     corpus = Corpus(out)
-    pages, verdicts = fetch.finish_shard(shard, out)
+    pages, verdicts = fetch.finish_shard(shard, out, archived)
     write_table(pages, corpus.table("fetch", shard.number))
     write_table(verdicts, corpus.verdicts("fetch", shard.number))
     return count_states(verdicts)
+
+
+def split_rescue_index(indexes: Sequence[Path], outputs: Sequence[Path], config: UrlListConfig) -> dict[str, Any]:
+    """Archived pages of all WARC files at hand → one table for each shard of the URL list."""
+    return rescue.split_index(indexes, outputs, config)
 
 
 def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
@@ -147,9 +165,32 @@ def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
             return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: other bytes", {})
         return response.body, response.content_type
 
-    documents, verdicts = extract.extract_shard(pq.read_table(corpus.table("fetch", k)), config, read_body)
+    pages = pq.read_table(corpus.table("fetch", k))
+    forgotten = (forget.read_forget_list(corpus) or forget.ForgetList(frozenset(), {})).rows(pages)
+    gone = pc.is_in(pages["index"], value_set=pa.array(list(forgotten), pa.int64()))
+    documents, verdicts = extract.extract_shard(pages.filter(pc.invert(gone)), config, read_body)
+    refused = pages.filter(gone).select(["index", "url"]).to_pylist()
+    taken_down = verdict_table(
+        [Verdict(p["index"], p["url"], DROPPED, forget.REASON, forgotten[p["index"]]) for p in refused]
+    )
+    verdicts = pa.concat_tables([verdicts, taken_down]).sort_by("index")
     write_table(documents, corpus.table("extract", k))
     write_table(verdicts, corpus.verdicts("extract", k))
+    return count_states(verdicts)
+
+
+def forget_pages(out: Path, k: int) -> dict[str, Any]:
+    """Take forgotten rows out of what was extracted: the same tables that extraction would make now, without it."""
+    corpus = Corpus(out)
+    rules = forget.read_forget_list(corpus)
+    assert rules is not None
+    forgotten = rules.rows(pq.read_table(corpus.table("fetch", k)))
+    documents = pq.read_table(corpus.table("extract", k))
+    gone = pc.is_in(documents["index"], value_set=pa.array(list(forgotten), pa.int64()))
+    verdicts = forget.mark(pq.read_table(corpus.verdicts("extract", k)), forgotten)
+    write_table(documents.filter(pc.invert(gone)), corpus.table("extract", k))
+    write_table(verdicts, corpus.verdicts("extract", k))
+    tick(verdicts.num_rows)
     return count_states(verdicts)
 
 
@@ -189,9 +230,49 @@ def sign_documents(out: Path, k: int, config: DedupConfig) -> dict[str, Any]:
 def join_duplicates(out: Path, shards: int, config: DedupConfig) -> dict[str, Any]:
     """The one step of the pipeline that sees all documents at once: their signatures, not their texts."""
     corpus = Corpus(out)
-    duplicates = dedup.find_duplicates([corpus.signatures(k) for k in range(shards)], config)
+    rows = dedup.read_signatures([corpus.signatures(k) for k in range(shards)], config)
+    old = [_old_signatures(Path(folder), config) for folder in config.against]
+    duplicates = dedup.find_duplicates(rows, config, pa.concat_tables(old) if old else None)
     write_table(duplicates, corpus.duplicates)
     return {"duplicates": duplicates.num_rows}
+
+
+def old_index(folder: Path) -> list[tuple[Path, Path]]:
+    """(signatures, last verdicts) of each shard of another corpus. Raises InputError for a folder without them."""
+    old = Corpus(folder)
+    signatures = sorted(old.folder("dedup").glob("[0-9]*.signatures.parquet"))
+    found = [(path, old.verdicts("decontaminate", int(path.name.split(".")[0]))) for path in signatures]
+    if not found or not all(verdicts.exists() for _, verdicts in found):
+        raise InputError(f"dedup.against={folder}: no corpus that was run up to decontaminate; finish it first")
+    return found
+
+
+def _old_signatures(folder: Path, config: DedupConfig) -> pa.Table:
+    """Signatures of the documents that the corpus in `folder` kept to its end."""
+    tables = []
+    for signatures, verdicts in old_index(folder):
+        try:
+            tables.append(_kept(dedup.read_signatures([signatures], config), verdicts))
+        except CorruptionError as e:
+            raise InputError(f"dedup.against={folder}: {e}, with this corpus's dedup.ngram, bands and rows") from None
+    return pa.concat_tables(tables)
+
+
+def plant_duplicates(out: Path, k: int, config: DedupConfig, count: int) -> dict[str, Any]:
+    corpus = Corpus(out)
+    planted = planting.plant_shard(read_documents(corpus, k, "dedup"), config, count)
+    write_table(planted, corpus.planted(k))
+    tick(planted.num_rows)
+    return {"rows": planted.num_rows}
+
+
+def measure_planted(out: Path, shards: int, config: DedupConfig) -> dict[str, Any]:
+    """Recall and precision of the join, by copies whose sources are known."""
+    corpus = Corpus(out)
+    rows = dedup.read_signatures([corpus.signatures(k) for k in range(shards)], config)
+    measured = planting.measure_planted(rows, [pq.read_table(corpus.planted(k)) for k in range(shards)], config)
+    write_json(measured, corpus.planting)
+    return dict(measured)
 
 
 def drop_duplicates(out: Path, k: int) -> dict[str, Any]:
@@ -202,15 +283,35 @@ def drop_duplicates(out: Path, k: int) -> dict[str, Any]:
     return count_states(verdicts)
 
 
-def decontaminate(out: Path, k: int, config: DecontaminateConfig) -> dict[str, Any]:
+def decontaminate(out: Path, k: int, config: DecontaminateConfig, finish: DocumentsConfig) -> dict[str, Any]:
+    """Evaluation texts first, then personal data: both may change what is kept of a text, and the ledger counts both."""
     corpus = Corpus(out)
     documents = read_documents(corpus, k, "decontaminate")
     sets = [contamination.read_evaluation_set(Path(p)) for p in config.paths]
-    verdicts, found = contamination.scan_shard(documents, contamination.build_index(sets, config), config)
+    verdicts, found, texts = contamination.scan_shard(documents, contamination.build_index(sets, config), config)
+    if finish.mask_personal_data:
+        verdicts, texts = _mask(documents, verdicts, texts)
+    changes = [{"index": index, "text": text} for index, text in sorted(texts.items())]
+    write_table(pa.Table.from_pylist(changes, schema=CHANGES_SCHEMA), corpus.cut(k))
     write_table(verdicts, corpus.verdicts("decontaminate", k))
     write_table(pa.table({"ngram": pa.array(found, type=pa.uint64())}), corpus.found_ngrams(k))
     tick(documents.num_rows)
     return count_states(verdicts)
+
+
+def _mask(documents: pa.Table, verdicts: pa.Table, texts: dict[int, str]) -> tuple[pa.Table, dict[int, str]]:
+    """Verdicts with the numbers of what was masked, and the texts that changed, those before among them."""
+    before = dict(zip(documents["index"].to_pylist(), documents["text"].to_pylist(), strict=True))
+    rows, changed = [], {}
+    for row in verdicts.to_pylist():
+        index = row["index"]
+        if row["state"] == KEPT:
+            text, counts = personal.mask(texts.get(index, before[index]))
+            row["numbers"] = numbers_to_json({**json.loads(row["numbers"]), **counts})
+            if text != before[index]:
+                changed[index] = text
+        rows.append(row)
+    return pa.Table.from_pylist(rows, schema=VERDICT_SCHEMA), changed
 
 
 def report_contamination(out: Path, shards: int, config: DecontaminateConfig) -> dict[str, Any]:
@@ -227,12 +328,13 @@ def write_documents(out: Path, k: int) -> dict[str, Any]:
     """The corpus itself: what all stages kept, with what they measured."""
     corpus = Corpus(out)
     documents = read_documents(corpus, k, "documents")
+    origin = ledger.origin_numbers(corpus, k)
     measured = {
         row["index"]: row["numbers"]
         for row in pq.read_table(corpus.verdicts("filter", k), columns=["index", "numbers"]).to_pylist()
     }
     numbers = [
-        numbers_to_json({**json.loads(before or "{}"), **json.loads(measured[index])})
+        numbers_to_json({**json.loads(before or "{}"), **json.loads(measured[index]), **origin.get(index, {})})
         for index, before in zip(documents["index"].to_pylist(), documents["numbers"].to_pylist(), strict=True)
     ]
     column = documents.schema.get_field_index("numbers")

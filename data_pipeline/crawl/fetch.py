@@ -4,7 +4,8 @@
                                 │                                                                │
     corpus/warc/00000-000.warc.gz, fetch/00000.journal.jsonl, fetch/00000.audit.jsonl ◄──────────┘
 
-    kept      an HTML page: WARC record, then journal line
+    kept      an HTML page: WARC record, then journal line; or one that did not change since an earlier corpus
+              (`since`: a WARC revisit record), or a dead link found in a WARC file at hand (`rescue`)
     dropped   robots, noindex, wrong_type, blocked_address, bad_scheme, crawl_delay
     failed    dns, connect, tls, timeout, http_status, too_large, header_too_large, truncated, protocol, bad_encoding,
               robots_unreachable, redirect_loop, too_many_redirects, retry_after, out_of_budget
@@ -18,6 +19,7 @@ import asyncio
 import resource
 import signal
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,15 @@ import uvloop
 
 from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.addresses import AddressRules, Lookup, read_hosts_file
-from data_pipeline.crawl.fetch_journal import journal_path, read_journal, warc_name, warc_path
+from data_pipeline.crawl.fetch_journal import journal_path, newest_decisions, read_journal, warc_name, warc_path
 from data_pipeline.crawl.fetch_queue import FetchShard
 from data_pipeline.crawl.http_get import HttpClient
-from data_pipeline.crawl.scheduler import SLOW_LANE_FACTOR, Scheduler
+from data_pipeline.crawl.lanes import SLOW_LANE_FACTOR
+from data_pipeline.crawl.rescue import Rescue, is_dead
+from data_pipeline.crawl.scheduler import OPEN_SHARDS, Scheduler
 from data_pipeline.crawl.url_syntax import host_of, port_of
 from data_pipeline.records import (
+    FAILED,
     KEPT,
     PAGE_SCHEMA,
     VERDICT_SCHEMA,
@@ -53,8 +58,10 @@ def fetch_shards(
     corpus: Path,
     on_progress: Callable[[int, int], None],
     lookup: Lookup | None = None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Fetch until every URL of `shards` has its state in a journal; `on_progress(done, total)` counts URLs.
+    """Fetch until every URL of `shards` has its state in a journal; `on_progress(done, total)` counts URLs, `on_note`
+    gets a line now and then on when the end can come.
 
     Call it again after a crash: it goes on. On SIGTERM or SIGINT journals are closed and the signal is raised again.
     Raises ConfigError before any request if a contact is needed and missing, StorageError when the disk is full.
@@ -63,7 +70,7 @@ def fetch_shards(
     demand_contact(shards, config)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        caught = uvloop.run(_run(shards, config, corpus, on_progress, lookup))
+        caught = uvloop.run(_run(shards, config, corpus, on_progress, lookup, on_note))
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
@@ -94,11 +101,12 @@ async def _run(
     corpus: Path,
     on_progress: Callable[[int, int], None],
     lookup: Lookup | None,
+    on_note: Callable[[str], None],
 ) -> int | None:
     """The signal that ended the run, if one did."""
-    before = _raise_file_limit(config.concurrency * (1 + SLOW_LANE_FACTOR) + 1000)
+    before = _raise_file_limit(config.concurrency * (1 + SLOW_LANE_FACTOR) + 3 * OPEN_SHARDS + 1000)
     client = HttpClient(config, lookup)
-    scheduler = Scheduler(shards, config, corpus, client, on_progress)
+    scheduler = Scheduler(shards, config, corpus, client, on_progress, on_note)
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     for number in signals:
@@ -124,13 +132,18 @@ def _raise_file_limit(needed: int) -> tuple[int, int]:
     return before
 
 
-def finish_shard(shard: FetchShard, corpus: Path) -> tuple[pa.Table, pa.Table]:
+def finish_shard(shard: FetchShard, corpus: Path, rescue: Rescue | None = None) -> tuple[pa.Table, pa.Table]:
     """(pages: PAGE_SCHEMA, verdicts: VERDICT_SCHEMA with one row for every URL of the shard), sorted by index.
+
+    `rescue`: the archived pages among which dead links are looked up.
 
     Raises AccountingError when a URL has no state yet, CorruptionError when a page is not in its WARC file.
     """
-    lines = {line["url"]: line for line in read_journal(journal_path(shard.folder, shard.number))}
+    lines = newest_decisions(journal_path(shard.folder, shard.number))
+    tries = Counter(line["url"] for line in read_journal(journal_path(shard.folder, shard.number)))
     urls = pq.read_table(shard.urls).to_pylist()
+    dead = [url for url, line in lines.items() if line["state"] == FAILED and is_dead(line["reason"], line["detail"])]
+    archived = rescue.find(dead) if rescue is not None else {}
     pages: list[dict[str, Any]] = []
     verdicts: list[Verdict] = []
     sizes: dict[int, int] = {}
@@ -139,9 +152,16 @@ def finish_shard(shard: FetchShard, corpus: Path) -> tuple[pa.Table, pa.Table]:
         if line is None:
             raise AccountingError(f"fetch: URL {row['index']} ({row['url']}) has no state in shard {shard.number}")
         numbers = {name: line[name] for name in ("status", "bytes", "wire_bytes", "requests") if name in line}
-        verdicts.append(
-            Verdict(row["index"], row["url"], line["state"], line.get("reason"), line.get("detail"), numbers)
-        )
+        if tries[row["url"]] > 1:
+            numbers["rounds"] = tries[row["url"]]
+        if "unchanged" in line:
+            numbers["not_modified"] = 1
+        verdict = Verdict(row["index"], row["url"], line["state"], line.get("reason"), line.get("detail"), numbers)
+        if rescue is not None and row["url"] in archived:
+            verdict = rescue.verdict(verdict, archived[row["url"]])
+            if verdict.state == KEPT:
+                pages.append({**archived[row["url"]], "index": row["index"]})
+        verdicts.append(verdict)
         if line["state"] != KEPT:
             continue
         part = line["part"]
@@ -166,6 +186,9 @@ def finish_shard(shard: FetchShard, corpus: Path) -> tuple[pa.Table, pa.Table]:
                 "warc_file": warc_name(shard.number, part),
                 "warc_offset": line["offset"],
                 "payload_digest": line["digest"],
+                "etag": line.get("etag"),
+                "last_modified": line.get("last_modified"),
+                **line.get("unchanged", {}),  # where the body lies that still holds
             }
         )
     table = verdict_table(verdicts) if verdicts else VERDICT_SCHEMA.empty_table()

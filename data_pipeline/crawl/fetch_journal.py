@@ -6,7 +6,8 @@
 After a crash a torn last line is cut, lines whose WARC record is not whole are taken back (only lines behind the last
 mark can be that, and only after the machine itself went down), and the WARC is cut where the last good record ends.
 What is journaled is never fetched again; what was under way is. A line is known by its URL, not by its place in the
-list: when the list changes, what both lists hold is not fetched a second time.
+list: when the list changes, what both lists hold is not fetched a second time. A line of `retry` opens URLs again:
+their earlier lines stay, and the newest decision of a URL is the one that counts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, read_response
+from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, is_revisit, read_response
 from data_pipeline.records import KEPT
 from data_pipeline.store import storage_errors, write_atomic
 
@@ -46,7 +47,38 @@ def audit_path(folder: Path, number: int) -> Path:
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """The decisions in the order they were made; a torn last line does not count. Empty when there is no journal."""
-    return [line for line in _lines(path)[0] if "mark" not in line]
+    return [line for line in _lines(path)[0] if "state" in line]
+
+
+def newest_decisions(path: Path) -> dict[str, dict[str, Any]]:
+    """URL → its decision; one that was opened again has none until it is decided anew."""
+    return _newest(_lines(path)[0])
+
+
+def _newest(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    newest: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        if "state" in line:
+            newest[line["url"]] = line
+        else:
+            for url in line.get("reopened", ()):
+                newest.pop(url, None)
+    return newest
+
+
+def rounds_of(path: Path) -> set[int]:
+    """The rounds of `retry` that this journal has taken part in."""
+    return {line["round"] for line in _lines(path)[0] if "reopened" in line}
+
+
+def reopen(path: Path, number: int, urls: list[str]) -> None:
+    """Take the decisions on `urls` back, in round `number`: one line, synced."""
+    journal = AppendOnly(path, _lines(path)[1])
+    try:
+        journal.write({"round": number, "reopened": urls})
+        _sync_and_close([journal.duplicate()], path)
+    finally:
+        journal.close()
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -106,14 +138,15 @@ class ShardLog:
         path = journal_path(folder, number)
         lines, end = _lines(path)
         good = self._whole(lines)
-        lost = sum("mark" not in line for line in lines) - sum("mark" not in line for line in good)
+        self._decisions = sum("state" in line for line in good)
+        lost = sum("state" in line for line in lines) - self._decisions
         if lost:
             log.warning("%s: %d pages are not whole in their WARC file and are fetched again", path, lost)
             good = [line for line in good if "mark" not in line]
             with write_atomic(path) as temporary:
-                temporary.write_bytes(b"".join(_encoded(line) for line in [*good, {"mark": len(good)}]))
+                temporary.write_bytes(b"".join(_encoded(line) for line in [*good, {"mark": self._decisions}]))
             end = path.stat().st_size
-        self.done = {line["url"] for line in good if "mark" not in line}
+        self.done = set(_newest(good))
         kept = [line for line in good if line.get("state") == KEPT]
         self.part: int = kept[-1]["part"] if kept else 0
         self._offset: int = kept[-1]["end"] if kept else 0
@@ -132,7 +165,7 @@ class ShardLog:
         decisions = 0
         torn = False
         for line in lines:
-            decisions += "mark" not in line
+            decisions += "state" in line
             if line.get("state") == KEPT:
                 part = line["part"]
                 if part not in sizes:
@@ -147,6 +180,8 @@ class ShardLog:
     def _readable(self, line: dict[str, Any]) -> bool:
         file = warc_path(self.corpus, self.number, line["part"])
         try:
+            if "unchanged" in line:
+                return is_revisit(file, line["offset"])
             body = read_response(file, line["offset"], max_bytes=1 << 30).body
         except (WarcError, OSError):
             return False
@@ -167,6 +202,7 @@ class ShardLog:
         assert line["url"] not in self.done, f"{line['url']} was decided twice"
         self._journal.write(line)
         self.done.add(line["url"])
+        self._decisions += 1
         self._dirty = True
 
     def _warc(self) -> WarcWriter:
@@ -192,7 +228,7 @@ class ShardLog:
         """(decisions so far, descriptors of what holds them: pages first, then the lines that speak of them)."""
         self._dirty = False
         files = [self._journal.duplicate(), self.audit.duplicate()]
-        return len(self.done), [self._writer.duplicate(), *files] if self._writer is not None else files
+        return self._decisions, [self._writer.duplicate(), *files] if self._writer is not None else files
 
     def close(self) -> None:
         if self.closed:

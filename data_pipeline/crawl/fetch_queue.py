@@ -5,22 +5,29 @@ A URL file of a shard flows in, jobs in their hosts' queues flow out; what the s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.crawl.earlier import EarlierPage, earlier_pages
 from data_pipeline.crawl.fetch_journal import ShardLog
+from data_pipeline.crawl.url_syntax import host_of
 
 
 @dataclass(frozen=True)
 class FetchShard:
-    """`urls`: a file of URL_SCHEMA, sorted by index; `folder`: where journal and audit log of shard `number` lie."""
+    """`urls`: a file of URL_SCHEMA, sorted by index; `folder`: where journal and audit log of shard `number` lie;
+    `since`: the page table of the same shard of an earlier corpus."""
 
     urls: Path
     folder: Path
     number: int
+    since: Path | None = None
 
 
 @dataclass(slots=True)
@@ -35,15 +42,17 @@ class Job:
     requests: int = 0
     spent_s: float = 0.0
     was_stale: bool = False
+    earlier: EarlierPage | None = None
 
 
 class Host:
-    """A host's queue of (not before, sequence, job), and when it may be asked next."""
+    """A host's queue of (not before, sequence, job), when it may be asked next, and its delay as far as it is known."""
 
-    __slots__ = ("busy", "failures", "name", "next_start", "queue")
+    __slots__ = ("busy", "delay_s", "failures", "name", "next_start", "queue")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, delay_s: float) -> None:
         self.name = name
+        self.delay_s = delay_s
         self.queue: list[tuple[float, int, Job]] = []
         self.next_start = 0.0
         self.busy = False
@@ -51,6 +60,16 @@ class Host:
 
     def due(self) -> float:
         return max(self.next_start, self.queue[0][0])
+
+
+def host_counts(urls: pa.ChunkedArray) -> Counter[str]:
+    """Host → how many of `urls` (normal forms) are its own."""
+    counts: Counter[str] = Counter()
+    if len(urls):
+        authorities = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2)
+        for item in pc.value_counts(authorities).to_pylist():
+            counts[host_of(f"http://{item['values']}/")] += item["counts"]
+    return counts
 
 
 class OpenShard:
@@ -61,8 +80,15 @@ class OpenShard:
         self.log = ShardLog(shard.folder, shard.number, corpus, max_warc_bytes)
         self.waiting = 0
         self.exhausted = False
-        urls = pq.read_table(shard.urls, columns=["url"])["url"] if self.log.done else ()
-        self.decided_before = sum(url.as_py() in self.log.done for url in urls)
+        urls = pq.read_table(shard.urls, columns=["url"])["url"]
+        left = urls
+        if self.log.done:
+            left = pa.chunked_array([[url for url in urls.to_pylist() if url not in self.log.done]], type=pa.string())
+        self.decided_before = len(urls) - len(left)
+        self.left_by_host = host_counts(left)
+        since = shard.since
+        # That table lies in CORPUS/fetch/, and the WARC files that it names are told from CORPUS on.
+        self.earlier = earlier_pages(since, since.parent.parent) if since is not None and len(left) else {}
         self.rows = self._read()
 
     def _read(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ import asyncio
 import datetime
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -144,10 +144,11 @@ class HttpClient:
         on_bytes: Callable[[int], None] = lambda size: None,
         last: bool = False,
         cut: bool = False,
+        conditions: Mapping[str, str] | None = None,
     ) -> Reply:
         """GET `url` once. `wanted` sees the reply without its body and tells whether to read that; `on_bytes` is told
         of every piece of body and may raise FetchError; `last`: no further request to this host is planned; `cut`: a
-        body longer than `max_bytes` is cut there instead of being an error.
+        body longer than `max_bytes` is cut there instead of being an error; `conditions`: If-None-Match and the like.
 
         Raises FetchError: dns, connect, tls, timeout, blocked_address, header_too_large, too_large, truncated,
         protocol.
@@ -162,7 +163,7 @@ class HttpClient:
                 allow_redirects=False,
                 ssl=self._tls,
                 timeout=timeout,
-                headers={"Connection": "close"} if last else None,
+                headers={**(conditions or {}), **({"Connection": "close"} if last else {})},
                 trace_request_ctx=connection,
             ) as response:
                 assert isinstance(response, _Response)
@@ -217,7 +218,7 @@ class HttpClient:
         return bytes(body)
 
     async def _discard(self, response: _Response) -> None:
-        length = response.headers.get("Content-Length", "")
+        length = "0" if response.status == 304 else response.headers.get("Content-Length", "")  # of what is not sent
         if length.isdigit() and int(length[:9]) <= DRAINED_BYTES and response.status != 200:
             await response.read()
         else:

@@ -19,7 +19,7 @@ _REDIRECT_URLS = UrlListConfig(strip_tracking=False)  # a server may insist on i
 def wants_body(head: Reply, config: FetchConfig) -> bool:
     """Whether the body is worth reading, by the head alone."""
     kind = media_type(head.header("content-type"))
-    return head.status == 200 and (not kind or is_html(kind, b"")) and _header_refusal(head, config) is None
+    return head.status == 200 and (not kind or is_html(kind, b"")) and header_refusal(head, config) is None
 
 
 def page_body(reply: Reply, config: FetchConfig) -> bytes:
@@ -29,7 +29,7 @@ def page_body(reply: Reply, config: FetchConfig) -> bytes:
     """
     if reply.status != 200:
         raise FetchError("http_status", str(reply.status))
-    refusal = _header_refusal(reply, config)
+    refusal = header_refusal(reply, config)
     if refusal:
         raise FetchError("noindex", refusal)
     content_type = reply.header("content-type")
@@ -48,7 +48,8 @@ def page_body(reply: Reply, config: FetchConfig) -> bytes:
     return body
 
 
-def _header_refusal(head: Reply, config: FetchConfig) -> str | None:
+def header_refusal(head: Reply, config: FetchConfig) -> str | None:
+    """The X-Robots-Tag that keeps a page out, if `config` heeds it."""
     if not config.respect_noai:
         return None
     return refusal_in_headers(head.header_values("x-robots-tag"), config.user_agent)

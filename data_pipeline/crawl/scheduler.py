@@ -7,7 +7,8 @@
 
 Memory is bounded: so many shards are open, so many URLs of each are waiting, so many responses are under way; hosts are
 forgotten when they have nothing to do. A request that takes long leaves its place to others and goes on in a slow lane,
-so that dripping hosts do not stop the good ones.
+so that dripping hosts do not stop the good ones. Of the hosts whose turn it is, the one with the most left goes first
+(`tail`), so that the end does not wait for a long queue that was begun late.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import heapq
 import itertools
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,68 +25,32 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_pipeline.config import FetchConfig
+from data_pipeline.crawl.decision import journal_line
 from data_pipeline.crawl.fetch_queue import FetchShard, Host, Job, OpenShard
 from data_pipeline.crawl.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
-from data_pipeline.crawl.page_rules import REDIRECTS, page_body, redirect_target, wants_body
+from data_pipeline.crawl.lanes import SLOW_AFTER_S, Flight, Lanes
+from data_pipeline.crawl.page_rules import REDIRECTS, header_refusal, page_body, redirect_target, wants_body
 from data_pipeline.crawl.robots_cache import RobotsCache
+from data_pipeline.crawl.tail import Backlog
 from data_pipeline.crawl.url_syntax import host_of, origin_of
-from data_pipeline.crawl.warc import Exchange
 from data_pipeline.records import DROPPED, FAILED, KEPT, AccountingError
 
 DROPPED_REASONS = frozenset(("robots", "noindex", "wrong_type", "blocked_address", "bad_scheme", "crawl_delay"))
-OPEN_SHARDS = 32
-"""Shards (with a journal, an audit log and a WARC file each) open at once."""
+OPEN_SHARDS = 128
+"""Shards (with a journal, an audit log and a WARC file each) open at once; so many are reached only when most of them
+wait for their slowest host."""
 WAITING_URLS = 2000
 """URLs of one open shard that wait in hosts' queues."""
-SLOW_AFTER_S = 5.0
-"""A request that takes longer than this moves to the slow lane and no longer counts against `concurrency`."""
-SLOW_LANE_FACTOR = 8
-"""Places of the slow lane, as a multiple of `concurrency`."""
-SLOW_LANE_BYTES = 256 << 20
-"""What all bodies of the slow lane may hold together; the request that goes beyond is cut."""
 GIVE_UP_AFTER = 10
 """Tries in a row that got no response: then the host's waiting URLs end with the same reason."""
 GIVE_UP_REASONS = frozenset(("dns", "connect", "tls", "timeout"))
 SYNC_EVERY_S = 2.0
 PROGRESS_EVERY_S = 0.2
+ESTIMATE_EVERY_S = 60.0
+LEAST_TURN_S = 0.05
+"""A host's turn takes at least about so long, for the order of hosts whose delay is 0."""
 TAIL_SHARE = 0.99
 """`tail_budget_s` runs once this share of the URLs is done."""
-
-
-class _Flight:
-    """A request under way: which lane it is in and what it holds."""
-
-    __slots__ = ("held_bytes", "scheduler", "slow")
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self.slow = False
-        self.held_bytes = 0
-        scheduler.fast += 1
-
-    def slow_down(self) -> None:
-        s = self.scheduler
-        if s.slow < s.slow_places:
-            self.slow = True
-            s.fast -= 1
-            s.slow += 1
-            s.slow_bytes += self.held_bytes
-            s.wake.set()
-
-    def on_bytes(self, size: int) -> None:
-        self.held_bytes += size
-        if self.slow:
-            self.scheduler.slow_bytes += size
-            if self.scheduler.slow_bytes > SLOW_LANE_BYTES:
-                raise FetchError("timeout", "slow, and slow responses hold too much memory together", passing=True)
-
-    def land(self) -> None:
-        s = self.scheduler
-        if self.slow:
-            s.slow -= 1
-            s.slow_bytes -= self.held_bytes
-        else:
-            s.fast -= 1
 
 
 class Scheduler:
@@ -97,22 +61,24 @@ class Scheduler:
         corpus: Path,
         client: HttpClient,
         on_progress: Callable[[int, int], None],
+        on_note: Callable[[str], None],
     ) -> None:
-        self.config, self.corpus, self.client, self.on_progress = config, corpus, client, on_progress
-        self.unopened = deque(shards)
+        self.config, self.corpus, self.client = config, corpus, client
+        self.on_progress, self.on_note = on_progress, on_note
+        self.backlog = Backlog(shards)
         self.open: list[OpenShard] = []
         self.total = sum(pq.read_metadata(s.urls).num_rows for s in shards)
         self.done = 0
         self.reported = 0.0
         self.hosts: dict[str, Host] = {}
-        self.turns: list[tuple[float, int, Host]] = []
+        self.turns: list[tuple[float, int, Host]] = []  # by the time that they are due
+        self.ready: list[tuple[float, int, Host]] = []  # due, the longest queue first
         self.resting: list[tuple[float, int, Host]] = []
         self.sequence = itertools.count()
         self.robots = RobotsCache(client, config, self)
-        self.fast = self.slow = self.slow_bytes = 0
-        self.slow_places = SLOW_LANE_FACTOR * config.concurrency
-        self.tasks: set[asyncio.Task[None]] = set()
         self.wake = asyncio.Event()
+        self.lanes = Lanes(config.concurrency, self.wake.set)
+        self.tasks: set[asyncio.Task[None]] = set()
         self.tail_deadline: float | None = None
         self.error: BaseException | None = None
         self.caught: int | None = None
@@ -125,6 +91,7 @@ class Scheduler:
     async def run(self) -> None:
         self._feed()
         syncing = asyncio.create_task(self._sync_now_and_then())
+        estimating = asyncio.create_task(self._estimate_now_and_then())
         try:
             while self.done < self.total and self.error is None and self.caught is None:
                 now = time.monotonic()
@@ -138,9 +105,9 @@ class Scheduler:
             if self.error is not None:
                 raise self.error
         finally:
-            for task in (*self.tasks, syncing):
+            for task in (*self.tasks, syncing, estimating):
                 task.cancel()
-            await asyncio.gather(*self.tasks, syncing, return_exceptions=True)
+            await asyncio.gather(*self.tasks, syncing, estimating, return_exceptions=True)
             for shard in self.open:
                 shard.log.close()
             self.on_progress(self.done, self.total)
@@ -155,17 +122,23 @@ class Scheduler:
             if shard.waiting < WAITING_URLS // 2 and not shard.exhausted:
                 self._fill(shard)
         self._close_finished()
-        while self.unopened and len(self.open) < OPEN_SHARDS and len(self.turns) < 4 * self.config.concurrency:
-            shard = OpenShard(self.unopened.popleft(), self.corpus, self.config.max_warc_bytes)
-            self.done += shard.decided_before
-            self.open.append(shard)
+        wanted = 4 * self.config.concurrency
+        while self.backlog.unopened and len(self.open) < OPEN_SHARDS and len(self.turns) + len(self.ready) < wanted:
+            shard = self._open_next()
             self._fill(shard)
             self._close_finished()
+
+    def _open_next(self) -> OpenShard:
+        shard = OpenShard(self.backlog.next_shard(), self.corpus, self.config.max_warc_bytes)
+        self.done += shard.decided_before
+        self.backlog.opened(shard.left_by_host)
+        self.open.append(shard)
+        return shard
 
     def _fill(self, shard: OpenShard) -> None:
         for url in itertools.islice(shard.rows, WAITING_URLS - shard.waiting):
             shard.waiting += 1
-            self._enqueue(Job(shard, url, url))
+            self._enqueue(Job(shard, url, url, earlier=shard.earlier.get(url)))
         # Whether the iterator is at its end shows only at the next row.
         if shard.waiting < WAITING_URLS:
             shard.exhausted = True
@@ -184,15 +157,20 @@ class Scheduler:
     def _host(self, name: str) -> Host:
         host = self.hosts.get(name)
         if host is None:
-            host = self.hosts[name] = Host(name)
+            host = self.hosts[name] = Host(name, self.config.delay_s)
         return host
 
     def _schedule(self, host: Host) -> None:
         heapq.heappush(self.turns, (host.due(), next(self.sequence), host))
 
     def _start_due(self, now: float) -> None:
-        while self.turns and self.turns[0][0] <= now and self.fast < self.config.concurrency:
+        while self.turns and self.turns[0][0] <= now:
             _, _, host = heapq.heappop(self.turns)
+            if not host.busy and host.queue:
+                left_s = self.backlog.left(host.name) * max(host.delay_s, LEAST_TURN_S)
+                heapq.heappush(self.ready, (-left_s, next(self.sequence), host))
+        while self.ready and self.lanes.has_room():
+            _, _, host = heapq.heappop(self.ready)
             if host.busy or not host.queue:
                 continue  # an older entry of the same host was first
             if host.due() > now:
@@ -219,7 +197,7 @@ class Scheduler:
 
     def _next_event(self) -> float | None:
         times = [self.tail_deadline] if self.tail_deadline is not None else []
-        if self.turns and self.fast < self.config.concurrency:
+        if self.turns and self.lanes.has_room():
             times.append(self.turns[0][0])
         return min(times, default=None)
 
@@ -242,6 +220,18 @@ class Scheduler:
                 self.error = self.error or e
                 self.wake.set()
 
+    async def _estimate_now_and_then(self) -> None:
+        """Tell from time to time when the end can come, and which host it waits for."""
+        began, done = time.monotonic(), self.done
+        while True:
+            await asyncio.sleep(ESTIMATE_EVERY_S)
+            rate = (self.done - done) / (time.monotonic() - began)
+            rate_s = (self.total - self.done) / rate if rate else float("inf")
+            delays = ((h.name, max(h.delay_s, h.next_start - time.monotonic())) for h in self.hosts.values())
+            name, host_s = self.backlog.slowest(delays, self.config.delay_s)
+            if host_s > rate_s:
+                self.on_note(f"fetch: {host_s:,.0f} s to go at least: so long takes {name}, one URL a turn")
+
     def _tail_is_over(self, now: float) -> bool:
         budget_s = self.config.tail_budget_s
         if self.tail_deadline is None and budget_s and 0 < int(TAIL_SHARE * self.total) <= self.done:
@@ -255,10 +245,9 @@ class Scheduler:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         why = f"not done {self.config.tail_budget_s:g} s (fetch.tail_budget_s) after 99 % of all URLs were"
-        while self.open or self.unopened:
+        while self.open or self.backlog.unopened:
             if not self.open:
-                self.open.append(OpenShard(self.unopened.popleft(), self.corpus, self.config.max_warc_bytes))
-                self.done += self.open[0].decided_before
+                self._open_next()
             for shard in self.open:
                 with pq.ParquetFile(shard.shard.urls) as parquet:
                     for row in parquet.read(columns=["url"]).to_pylist():
@@ -271,7 +260,7 @@ class Scheduler:
     # ---- one turn of one host ----
 
     async def _turn(self, host: Host, job: Job) -> None:
-        flight = _Flight(self)
+        flight = Flight(self.lanes)
         slow_down = asyncio.get_running_loop().call_later(SLOW_AFTER_S, flight.slow_down)
         try:
             await self._robots_or_page(host, job, flight)
@@ -286,7 +275,7 @@ class Scheduler:
             else:
                 self._rest(host)
 
-    async def _robots_or_page(self, host: Host, job: Job, flight: _Flight) -> None:
+    async def _robots_or_page(self, host: Host, job: Job, flight: Flight) -> None:
         rule = "fetch.robots=false: robots.txt is not asked for"
         if self.config.robots:
             origin = origin_of(job.url)
@@ -305,13 +294,16 @@ class Scheduler:
             if not decision.allowed:
                 raise FetchError(site.refusal_reason, rule)
         started = time.monotonic()
-        self.rest_until(host.name, started + self._delay_s(job.url))
+        host.delay_s = self._delay_s(job.url)
+        self.rest_until(host.name, started + host.delay_s)
+        conditions = job.earlier.conditions() if job.earlier and job.url == job.earlier.final_url else {}
         audit: dict[str, Any] = {
             "at": now_text(),
             **({"for": job.original} if job.url != job.original else {}),
             "url": job.url,
             "rule": rule,
-            "delay_s": round(self._delay_s(job.url), 3),
+            "delay_s": round(host.delay_s, 3),
+            **({"asked_if_changed": True} if conditions else {}),
         }
         job.requests += 1
         try:
@@ -322,6 +314,7 @@ class Scheduler:
                 wanted=lambda head: wants_body(head, self.config),
                 on_bytes=flight.on_bytes,
                 last=not host.queue,
+                conditions=conditions,
             )
             audit["status"] = reply.status
             host.failures = 0
@@ -333,7 +326,7 @@ class Scheduler:
             self.rest_until(host.name, time.monotonic() + self._delay_s(job.url))
             job.spent_s += time.monotonic() - started
             job.shard.log.audit.write(audit)
-        self._judge(host, job, reply)
+        self._judge(host, job, reply, conditional=bool(conditions))
 
     def _delay_s(self, url: str) -> float:
         site = self.robots.known(origin_of(url)) if self.config.robots else None
@@ -351,14 +344,29 @@ class Scheduler:
         if not host.queue and not host.busy:
             self._rest(host)
 
-    def _judge(self, host: Host, job: Job, reply: Reply) -> None:
+    def _judge(self, host: Host, job: Job, reply: Reply, *, conditional: bool) -> None:
         """Response → kept, another turn, or FetchError."""
         if reply.status in REDIRECTS:
             self._follow(job, redirect_target(reply))
+        elif reply.status == 304 and conditional:
+            self._keep_earlier(job, reply)
         elif reply.status == 429 or reply.status >= 500:
             self._back_off(host, job, reply)
         else:
             self._decide(job, KEPT, None, None, reply, page_body(reply, self.config))
+
+    def _keep_earlier(self, job: Job, reply: Reply) -> None:
+        """304: the page is as it was and the earlier corpus holds it; if that holds it no more, it is sent anew."""
+        refusal = header_refusal(reply, self.config)
+        if refusal:
+            raise FetchError("noindex", refusal)
+        assert job.earlier is not None
+        original = job.earlier.read(self.config.max_page_bytes)
+        if original is None:
+            job.earlier = None
+            self._enqueue(job)
+        else:
+            self._decide(job, KEPT, None, None, reply, original.body, (original.url, original.fetched_at))
 
     def _follow(self, job: Job, target: str) -> None:
         job.seen.append(job.url)
@@ -420,33 +428,12 @@ class Scheduler:
         detail: str | None,
         reply: Reply | None = None,
         body: bytes = b"",
+        revisit_of: tuple[str, str] | None = None,
     ) -> None:
-        line: dict[str, Any] = {"url": job.original, "state": state}
-        if state != KEPT:
-            line |= {"reason": reason, "detail": detail}
-        if job.requests:
-            line["requests"] = job.requests
-        if job.url != job.original:
-            line["final_url"] = job.url
-        exchange = None
-        if reply is not None:
-            at = f"{now_text()[:19]}Z"
-            line |= {"status": reply.status, "content_type": reply.header("content-type"), "fetched_at": at}
-            line |= {"bytes": len(body), "wire_bytes": len(reply.body or b"")}
-            exchange = Exchange(
-                job.url,
-                reply.request_target,
-                reply.request_headers,
-                reply.status,
-                reply.http_version,
-                reply.reason_phrase,
-                reply.headers,
-                body,
-                reply.ip,
-                at,
-            )
+        line, exchange = journal_line(job, state, reason, detail, reply, body, revisit_of)
         job.shard.log.add(line, exchange)
         job.shard.waiting -= 1
+        self.backlog.decided(host_of(job.original))
         self.done += 1
         now = time.monotonic()
         if now - self.reported > PROGRESS_EVERY_S:
