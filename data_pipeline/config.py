@@ -85,7 +85,8 @@ class FetchConfig:
     """Names to resolve from a file in the format of hosts(5) before DNS; the addresses are vetted all the same."""
     concurrency: int = 128
     """Requests under way at once, over all hosts (one at a time to each), in one process. A request that takes longer
-    than 5 s no longer counts; of those there may be eight times as many."""
+    than 5 s (1 s if the host has not answered quickly before) no longer counts; of those there may be eight times as
+    many."""
     processes: int = 1
     """Fetching processes; each owns whole registrable domains."""
     delay_s: float = 1.0
@@ -319,8 +320,8 @@ class CorpusConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     report: CorpusReportConfig = field(default_factory=CorpusReportConfig)
     what_if: list[str] = field(default_factory=list)
-    """Settings to try on the numbers that the corpus `out` stores, such as [quality.min_words=400]: prints what would be
-    kept and dropped, and writes nothing. Takes language.*, quality.*, dedup.exact, dedup.near and dedup.keep; all
+    """Settings to try on the numbers that the corpus `out` stores, such as [quality.min_words=400]: prints what would
+    be kept and dropped, and writes nothing. Takes language.*, quality.*, dedup.exact, dedup.near and dedup.keep; all
     other settings are the ones that the corpus was made with."""
     forget: str = ""
     """Take-down: a file of domains and URLs, one a line, to remove from the corpus `out` for good. All other settings

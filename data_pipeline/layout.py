@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from data_pipeline.config import CorpusConfig
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,29 @@ class Corpus:
     def duplicates(self) -> Path:
         return self.out / "dedup" / "duplicates.parquet"
 
+    def planted(self, k: int) -> Path:
+        """Signatures of known near-duplicates, for measuring alone."""
+        return self.out / "dedup" / f"{k:05d}.planted.parquet"
+
+    @property
+    def planting(self) -> Path:
+        """Recall and precision by the planted ones."""
+        return self.out / "dedup" / "planting.json"
+
+    def cut(self, k: int) -> Path:
+        """What decontamination and masking made of texts: index, and the text where it changed."""
+        return self.out / "decontaminate" / f"{k:05d}.changes.parquet"
+
+    @property
+    def forget_list(self) -> Path:
+        """Domains and URLs that were taken down; see forget.py."""
+        return self.out / "forget.json"
+
+    @property
+    def tombstones(self) -> Path:
+        """Places that forgotten documents had among the token shards."""
+        return self.out / "tokenize" / "forgotten.parquet"
+
     def found_ngrams(self, k: int) -> Path:
         return self.out / "decontaminate" / f"{k:05d}.found.parquet"
 
@@ -63,3 +90,22 @@ class Corpus:
     @property
     def report(self) -> Path:
         return self.out / "report.html"
+
+
+def read_config(corpus: Corpus) -> CorpusConfig:
+    """The settings that a corpus was last run with. Raises InputError where there are none."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from data_pipeline.config import CorpusConfig
+    from data_pipeline.records import InputError
+
+    try:
+        stored = OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(corpus.config))
+    except FileNotFoundError:
+        raise InputError(f"{corpus.out}: is no corpus folder (no config.yaml); run `gpt2train corpus` first") from None
+    except OmegaConfBaseException as e:
+        raise InputError(
+            f"{corpus.config}: of another version ({str(e).splitlines()[0]}); run `gpt2train corpus` there again first"
+        ) from None
+    return cast(CorpusConfig, OmegaConf.to_object(stored))

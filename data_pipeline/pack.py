@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from data_pipeline import tokenizer
 from data_pipeline.config import TokenizeConfig
 from data_pipeline.records import CorruptionError, InputError
-from data_pipeline.store import storage_errors, sync_folder, write_atomic
+from data_pipeline.store import sha256_file, storage_errors, sync_folder, write_atomic
 from data_pipeline.token_shards import TOKEN
 from data_pipeline.token_writer import TokenShardWriter
 
@@ -75,18 +75,22 @@ def write_token_shards(
     config: TokenizeConfig,
     fingerprint: str,
     on_progress: Callable[[int], None] | None = None,
+    tombstones: Path | None = None,
 ) -> dict[str, Any]:
     """Shuffle the documents of all `parts` (tokens_out, documents_out of `tokenize_shard`) into the folder `out`.
 
     `out` is replaced as a whole, by renames, once everything is on disk; a run killed before leaves it as it was, or,
     in the instant between the two renames, absent. `fingerprint` identifies what made the documents and goes into the
-    manifest as `made_from`. `on_progress` gets the number of documents written since its last call.
+    manifest as `made_from`. `on_progress` gets the number of documents written since its last call. `tombstones` is a
+    table (index, digest, tokens) of documents that were taken down: files border as they did with them, and a file of
+    the folder before that has the same bytes stays as it lies.
 
-    Returns {"documents", "tokens", "train_documents", "train_tokens", "validation_documents", "validation_tokens"}.
+    Returns {"documents", "tokens", "train_documents", "train_tokens", "validation_documents", "validation_tokens",
+    "files", "files_unchanged"}.
     Raises InputError when there is no document at all, CorruptionError when a part does not agree with itself.
     """
-    documents, starts, part_of = _read_parts(parts)
-    if not len(starts):
+    documents, starts, part_of = _read_parts(parts, tombstones)
+    if not (part_of >= 0).any():
         raise InputError(f"{out}: no document is left to make token shards of; see the ledger for why each one went")
     validation, order = _arrange(documents, config)
     lengths = documents["tokens"].to_numpy()
@@ -109,6 +113,9 @@ def write_token_shards(
                     batch = chosen[first : first + BATCH_ROWS]
                     rows = documents.select(["index", "url", "digest"]).take(batch).to_pylist()
                     for i, row in zip(batch.tolist(), rows, strict=True):
+                        if part_of[i] < 0:
+                            writer.pass_over(split, int(lengths[i]))
+                            continue
                         tokens = tokens_of(int(part_of[i]))[starts[i] : starts[i] + lengths[i]]
                         writer.append(split, tokens, **row)
                     if on_progress:
@@ -121,6 +128,7 @@ def write_token_shards(
                     "validation_fraction": config.validation_fraction,
                 },
             )
+        unchanged = _keep_unchanged(out, partial, manifest)
         if out.exists():
             os.rename(out, old)
         os.rename(partial, out)
@@ -131,11 +139,35 @@ def write_token_shards(
         "documents": sum(s["documents"] for s in splits.values()),
         "tokens": sum(s["tokens"] for s in splits.values()),
         **{f"{name}_{what}": s[what] for name, s in splits.items() for what in ("documents", "tokens")},
+        "files": sum(len(s["files"]) for s in splits.values()),
+        "files_unchanged": unchanged,
     }
 
 
-def _read_parts(parts: Sequence[tuple[Path, Path]]) -> tuple[pa.Table, np.ndarray, np.ndarray]:
-    """All parts' documents as one table, each one's first token in its part, and its part's number."""
+def _keep_unchanged(old: Path, new: Path, manifest: dict[str, Any]) -> int:
+    """Link those .bin and .idx files of `old` into `new` that have the same bytes; how many .bin files that are.
+
+    So a take-down rewrites, on disk and for whoever copies the folder, only the shards concerned.
+    """
+    unchanged = 0
+    for split in manifest["splits"].values():
+        for entry in split["files"]:
+            for described in (entry, entry["index"]):
+                before = old / described["file"]
+                if before.is_file() and before.stat().st_size == described["bytes"]:
+                    if sha256_file(before) != described["sha256"]:
+                        continue
+                    unchanged += described is entry
+                    with contextlib.suppress(OSError):  # no hard links here: the new file has the same bytes
+                        link = new / f".{described['file']}.link"
+                        os.link(before, link)
+                        os.replace(link, new / described["file"])
+    sync_folder(new)
+    return unchanged
+
+
+def _read_parts(parts: Sequence[tuple[Path, Path]], tombstones: Path | None) -> tuple[pa.Table, np.ndarray, np.ndarray]:
+    """All parts' documents as one table, each one's first token in its part, and its part's number (-1: taken down)."""
     tables, starts, part_of = [], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for number, (tokens_path, documents_path) in enumerate(parts):
         table = pq.read_table(documents_path, schema=PART_SCHEMA)
@@ -149,6 +181,16 @@ def _read_parts(parts: Sequence[tuple[Path, Path]]) -> tuple[pa.Table, np.ndarra
         tables.append(table)
         starts.append(ends - table["tokens"].to_numpy())
         part_of.append(np.full(len(ends), number))
+    if tombstones is not None and tombstones.exists():
+        gone = pq.read_table(tombstones)
+        here = {pair for t in tables for pair in zip(t["index"].to_pylist(), t["digest"].to_pylist(), strict=True)}
+        pairs = zip(gone["index"].to_pylist(), gone["digest"].to_pylist(), strict=True)
+        gone = gone.filter(pa.array([pair not in here for pair in pairs], pa.bool_()))
+        urls = pa.nulls(gone.num_rows, pa.string())
+        columns = [gone["index"], urls, gone["digest"], gone["tokens"]]
+        tables.append(pa.table(columns, schema=PART_SCHEMA))
+        starts.append(np.zeros(gone.num_rows, np.int64))
+        part_of.append(np.full(gone.num_rows, -1))
     # large_string: the URLs and digests of some millions of documents are more than the 2 GiB that string can index.
     wide = pa.schema([f.with_type(pa.large_string()) if f.type == pa.string() else f for f in PART_SCHEMA])
     documents = pa.concat_tables([t.cast(wide) for t in tables]).combine_chunks() if tables else wide.empty_table()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +23,14 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from data_pipeline import card, executors, ledger, report, tasks, texts, tokenizer
+from data_pipeline import card, executors, forget, ledger, report, tasks, texts, tokenizer, what_if
 from data_pipeline.config import STAGES, CorpusConfig, Executor, Source, check
 from data_pipeline.crawl import retry, urls
 from data_pipeline.crawl.fetch import FetchShard
 from data_pipeline.crawl.rescue import Rescue
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
+from data_pipeline.lists import read_list
 from data_pipeline.pack import write_token_shards
 from data_pipeline.progress import Reporter
 from data_pipeline.records import ConfigError, InputError
@@ -42,6 +43,7 @@ from data_pipeline.store import (
     read_marker,
     recorded_outputs,
     remove_temporaries,
+    stands_but_for,
     storage_errors,
     why_not_done,
     write_atomic,
@@ -67,6 +69,10 @@ def build_corpus(config: CorpusConfig) -> int:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out}: is a file; give a folder")
+    if config.what_if:
+        return what_if.what_if(config)
+    if config.forget:
+        return take_down(config)
     with lock(out), storage_errors(out):
         remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
@@ -74,6 +80,25 @@ def build_corpus(config: CorpusConfig) -> int:
         with _executor(config, out) as executor:
             Run(config, executor).run()
         remove_temporaries(out)  # of tasks whose worker died and that others finished
+    return 0
+
+
+def take_down(config: CorpusConfig) -> int:
+    """Remove what `config.forget` names from the corpus, and run again the stages that this concerns."""
+    corpus = Corpus(Path(config.out))
+    settings = forget.settings_of(config)
+    with lock(corpus.out), storage_errors(corpus.out):
+        remove_temporaries(corpus.out)
+        with _executor(settings, corpus.out) as executor:
+            run = Run(settings, executor)
+            takedown = forget.plan(config)
+            forget.remember(corpus, takedown)
+            texts_gone, copies = takedown.documents.num_rows, takedown.copies
+            run.reporter.say(f"forget: {texts_gone:,} texts go, and {copies:,} URLs of copies that would come instead")
+            run.run([s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages])
+            if config.forget_archive:
+                blanked, left = forget.blank_responses(corpus, takedown.documents)
+                run.reporter.say(f"forget: {blanked:,} archived responses blanked, {left:,} are not in this corpus")
     return 0
 
 
@@ -101,8 +126,9 @@ class Run:
         self.hashes = Hashes()
         self.shards = 0
 
-    def run(self) -> None:
-        stages = [s for s in STAGES if not self.config.stages or s in self.config.stages]
+    def run(self, only: Sequence[str] = ()) -> None:
+        """Run the stages that the settings name, or `only` those."""
+        stages = only or [s for s in STAGES if not self.config.stages or s in self.config.stages]
         enter: dict[Source, Callable[[bool, bool], None]] = {
             Source.urls: self.enter_by_urls,
             Source.warc: self.enter_by_warc,
@@ -125,16 +151,22 @@ class Run:
 
     def enter_by_urls(self, run_urls: bool, run_fetch: bool) -> None:
         source = Path(self.config.urls)
-        if not source.exists():
+        if not source.exists() and run_urls:
             raise InputError(f"urls={source}: there is no such file or folder; check the path")
         self.shards = self._shard_count(lambda: urls.count_urls(source, self.config.url_list))
         corpus, numbers = self.corpus, range(self.shards)
+        rules, blocked = self.config.url_list, self.config.url_list.blocked_domains_file
+        if blocked and run_urls:
+            more = read_list(blocked, "url_list.blocked_domains_file")
+            rules = replace(rules, blocked_domains=[*rules.blocked_domains, *more])
         settings = {**plain(self.config.url_list), "shards": self.shards}
+        settings.pop("blocked_domains_file")  # what it says counts, not what it is called
         files = tuple(sorted(p for p in source.rglob("*") if p.is_file())) if source.is_dir() else (source,)
+        files += (Path(blocked),) if blocked else ()
         outputs = tuple(p for k in numbers for p in (corpus.table("urls", k), corpus.verdicts("urls", k)))
         if run_urls:
             step = Step("urls", "all", corpus.folder("urls"), settings, files, outputs)
-            arguments = (source, corpus.folder("urls"), self.shards, self.config.url_list)
+            arguments = (source, corpus.folder("urls"), self.shards, rules)
             self._run("urls", [step], lambda step: Task("urls", urls.write_url_shards, arguments))
         if run_fetch:
             self._require("fetch", [p for k in numbers for p in (corpus.table("urls", k),)], "urls")
@@ -253,6 +285,9 @@ class Run:
         files = texts.dataset_files(self.config.path)
         folder = self.corpus.folder("extract")
         settings = {"path": self.config.path, "text_column": self.config.text_column, "shards": self.config.shards}
+        rules = forget.read_forget_list(self.corpus)
+        if rules is not None:
+            settings["forgotten"] = self.hashes.of(self.corpus.forget_list)
         step = Step("extract", "all", folder, settings, tuple(files), ())
         if not self.config.stages or "extract" in self.config.stages:
             why = why_not_done(step, self.hashes)
@@ -261,7 +296,11 @@ class Run:
             else:
                 self.reporter.say(f"extract: reading {self.config.path}{f' again: {why}' if why else ''}")
                 made, written = texts.write_document_shards(
-                    self.config.path, self.config.text_column, self.corpus, self.config.shards
+                    self.config.path,
+                    self.config.text_column,
+                    self.corpus,
+                    self.config.shards,
+                    rules.because if rules else None,
                 )
                 prune(folder, written)
                 mark_done(step, {"shards": made}, self.hashes, written)
@@ -277,21 +316,47 @@ class Run:
         if self.config.source is Source.dataset:
             return  # its rows entered as documents
         self._require("extract", [self.corpus.table("fetch", k) for k in range(self.shards)], "fetch")
+        forgotten, settings = self._forgotten(), plain(self.config.extract)
+        outputs = [(self.corpus.table("extract", k), self.corpus.verdicts("extract", k)) for k in range(self.shards)]
+
+        def task(k: int) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
+            folder, pages = self.corpus.folder("extract"), (self.corpus.table("fetch", k),)
+            step = Step("extract", f"{k:05d}", folder, {**settings, **forgotten.get(k, {})}, pages, outputs[k])
+            if forgotten.get(k) and stands_but_for(step, "forgotten", self.hashes):
+                return tasks.forget_pages, (self.out, k)
+            return tasks.extract_pages, (self.out, k, self.config.extract)
+
         self._by_shard(
             "extract",
-            plain(self.config.extract),
+            settings,
+            of_shard=lambda k: forgotten.get(k, {}),
             inputs=lambda k: (self.corpus.table("fetch", k),),
-            outputs=lambda k: (self.corpus.table("extract", k), self.corpus.verdicts("extract", k)),
-            task=lambda k: (tasks.extract_pages, (self.out, k, self.config.extract)),
+            outputs=lambda k: outputs[k],
+            task=task,
             rows=lambda k: _rows(self.corpus.table("fetch", k)),
         )
 
+    def _forgotten(self) -> dict[int, dict[str, str]]:
+        """For each shard with rows that were taken down, what to tell them by."""
+        rules = forget.read_forget_list(self.corpus)
+        if rules is None:
+            return {}
+        columns = ["index", "url", "final_url", "domain"]
+        pages = [pq.read_table(self.corpus.table("fetch", k), columns=columns) for k in range(self.shards)]
+        return {k: found for k, table in enumerate(pages) if (found := forget.setting(rules.rows(table)))}
+
     def filter(self) -> None:
         self._require("filter", [self.corpus.table("extract", k) for k in range(self.shards)], "extract")
+        settings = {**plain(self.config.language, "language."), **plain(self.config.quality, "quality.")}
+        settings.pop("quality.blocked_words_file")  # what it says counts, not what it is called
+        blocked = self.config.quality.blocked_words_file
+        if blocked:
+            read_list(blocked, "quality.blocked_words_file")
+        lists = (Path(blocked),) if blocked else ()
         self._by_shard(
             "filter",
-            {**plain(self.config.language, "language."), **plain(self.config.quality, "quality.")},
-            inputs=lambda k: (self.corpus.table("extract", k),),
+            settings,
+            inputs=lambda k: (self.corpus.table("extract", k), *lists),
             outputs=lambda k: (self.corpus.verdicts("filter", k), self.corpus.changes(k)),
             task=lambda k: (tasks.filter_documents, (self.out, k, self.config.language, self.config.quality)),
             rows=lambda k: _rows(self.corpus.table("extract", k)),
@@ -300,17 +365,24 @@ class Run:
     def dedup(self) -> None:
         corpus, c = self.corpus, self.config.dedup
         self._require("dedup", [corpus.verdicts("filter", k) for k in range(self.shards)], "filter")
+        signed = {name: value for name, value in plain(c).items() if name not in ("keep", "against", "plant")}
+
+        def entering(k: int) -> tuple[Path, ...]:
+            return (corpus.table("extract", k), corpus.verdicts("filter", k), corpus.changes(k))
+
         self._by_shard(
             "dedup",
-            {name: value for name, value in plain(c).items() if name != "keep"},
-            inputs=lambda k: (corpus.table("extract", k), corpus.verdicts("filter", k), corpus.changes(k)),
+            signed,
+            inputs=entering,
             outputs=lambda k: (corpus.signatures(k),),
             task=lambda k: (tasks.sign_documents, (self.out, k, c)),
             rows=lambda k: _rows(corpus.verdicts("filter", k)),
             part="signatures",
         )
         signatures = tuple(corpus.signatures(k) for k in range(self.shards))
-        join = Step("dedup", "duplicates", corpus.folder("dedup"), plain(c), signatures, (corpus.duplicates,))
+        old = tuple(p for folder in c.against for pair in tasks.old_index(Path(folder)) for p in pair)
+        joined = {**signed, "keep": c.keep.value}
+        join = Step("dedup", "duplicates", corpus.folder("dedup"), joined, (*signatures, *old), (corpus.duplicates,))
         arguments = (self.out, self.shards, c)
         self._run("dedup join", [join], lambda step: Task("dedup", tasks.join_duplicates, arguments), quiet=True)
         self._by_shard(
@@ -321,6 +393,28 @@ class Run:
             task=lambda k: (tasks.drop_duplicates, (self.out, k)),
             rows=lambda k: _rows(corpus.signatures(k)),
         )
+        if c.plant:
+            self._measure_dedup(signed, entering, signatures)
+
+    def _measure_dedup(
+        self, signed: Mapping[str, Any], entering: Callable[[int], tuple[Path, ...]], signatures: tuple[Path, ...]
+    ) -> None:
+        corpus, c = self.corpus, self.config.dedup
+        counts = [c.plant // self.shards + (k < c.plant % self.shards) for k in range(self.shards)]
+        self._by_shard(
+            "dedup",
+            {**signed, "plant": c.plant},
+            inputs=entering,
+            outputs=lambda k: (corpus.planted(k),),
+            task=lambda k: (tasks.plant_duplicates, (self.out, k, c, counts[k])),
+            rows=lambda k: counts[k],
+            part="planted",
+        )
+        inputs = (*signatures, *(corpus.planted(k) for k in range(self.shards)))
+        settings = {**signed, "plant": c.plant}
+        step = Step("dedup", "planting", corpus.folder("dedup"), settings, inputs, (corpus.planting,))
+        arguments = (self.out, self.shards, c)
+        self._run("planting", [step], lambda step: Task("planting", tasks.measure_planted, arguments), quiet=True)
 
     def decontaminate(self) -> None:
         corpus, c = self.corpus, self.config.decontaminate
@@ -329,6 +423,7 @@ class Run:
         if missing:
             raise InputError(f"decontaminate.paths={missing[0]}: there is no such file; check the path")
         settings = {name: value for name, value in plain(c).items() if name != "paths"}
+        finish = self.config.documents
         sets = tuple(Path(p) for p in c.paths)
 
         def entering(k: int) -> tuple[Path, ...]:
@@ -337,10 +432,10 @@ class Run:
 
         self._by_shard(
             "decontaminate",
-            settings,
+            {**settings, **plain(finish, "documents.")},
             inputs=lambda k: (*entering(k), *sets),
-            outputs=lambda k: (corpus.verdicts("decontaminate", k), corpus.found_ngrams(k)),
-            task=lambda k: (tasks.decontaminate, (self.out, k, c)),
+            outputs=lambda k: (corpus.verdicts("decontaminate", k), corpus.cut(k), corpus.found_ngrams(k)),
+            task=lambda k: (tasks.decontaminate, (self.out, k, c, finish)),
             rows=lambda k: _rows(corpus.signatures(k)),
         )
         found = tuple(corpus.found_ngrams(k) for k in range(self.shards))
@@ -362,7 +457,7 @@ class Run:
         self._by_shard(
             "documents",
             {},
-            inputs=lambda k: (*entering(k), corpus.verdicts("decontaminate", k)),
+            inputs=lambda k: (*entering(k), corpus.verdicts("decontaminate", k), corpus.cut(k)),
             outputs=lambda k: (corpus.table("documents", k),),
             task=lambda k: (tasks.write_documents, (self.out, k)),
             rows=lambda k: _rows(corpus.verdicts("decontaminate", k)),
@@ -383,9 +478,9 @@ class Run:
         )
         parts = [corpus.part(k) for k in range(self.shards)]
         settings = {**plain(c), "tokenizer": vocabulary}
-        step = Step(
-            "tokens", "tokens", corpus.folder("tokenize"), settings, tuple(p for part in parts for p in part), ()
-        )
+        gone = (corpus.tombstones,) if corpus.tombstones.exists() else ()
+        made_of = (*(p for part in parts for p in part), *gone)
+        step = Step("tokens", "tokens", corpus.folder("tokenize"), settings, made_of, ())
         why = why_not_done(step, self.hashes)
         if why is None:
             self.reporter.say("tokens: written before, they stand")
@@ -394,7 +489,10 @@ class Run:
         made_from = {"settings": settings, "documents": [self.hashes.of(p) for p in documents]}
         fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         with self.reporter.stage("tokens", sum(_rows(p) for _, p in parts)) as counter:
-            counts = write_token_shards(parts, corpus.tokens, c, fingerprint, counter.advance)
+            counts = write_token_shards(parts, corpus.tokens, c, fingerprint, counter.advance, corpus.tombstones)
+        if counts["files_unchanged"]:
+            rewritten, stand = counts["files"] - counts["files_unchanged"], counts["files_unchanged"]
+            self.reporter.say(f"tokens: {rewritten:,} files written, {stand:,} stand as they were")
         mark_done(step, counts, self.hashes, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
 
     # ── closing ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -422,6 +520,8 @@ class Run:
         }
         if finished:
             summary["documents"] = sum(_rows(self.corpus.table("documents", k)) for k in range(self.shards))
+        if self.config.dedup.plant and self.corpus.planting.exists():
+            summary["planted"] = json.loads(self.corpus.planting.read_text(encoding="utf-8"))
         if self.corpus.contamination.exists():
             summary["contamination"] = json.loads(self.corpus.contamination.read_text(encoding="utf-8"))
         manifest = self.corpus.tokens / "manifest.json"
@@ -431,7 +531,7 @@ class Run:
         report.write_corpus_report(self.corpus)
         if finished:
             card.write_dataset_card(self.corpus, summary)
-        for line in report.funnel_lines(summary):
+        for line in (*report.funnel_lines(summary), *report.measure_lines(summary)):
             self.reporter.say(line)
         self.reporter.say(f"corpus: {self.out}  report: {self.corpus.report}")
 
@@ -469,11 +569,19 @@ class Run:
         task: Callable[[int], tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]],
         rows: Callable[[int], int],
         part: str = "",
+        of_shard: Callable[[int], Mapping[str, Any]] = lambda k: {},
     ) -> None:
         name = f"{stage} {part}".strip()
         folder = self.corpus.folder(stage)
         steps = [
-            Step(stage, f"{k:05d}{f'.{part}' if part else ''}", folder, settings, inputs(k), outputs(k))
+            Step(
+                stage,
+                f"{k:05d}{f'.{part}' if part else ''}",
+                folder,
+                {**settings, **of_shard(k)},
+                inputs(k),
+                outputs(k),
+            )
             for k in range(self.shards)
         ]
         number = {step.name: k for k, step in enumerate(steps)}

@@ -46,6 +46,22 @@ def funnel_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def measure_lines(summary: Mapping[str, Any]) -> list[str]:
+    """What was measured of the corpus as plain text: the paper's table of overlaps, and recall by planted copies."""
+    lines = []
+    if rows := summary.get("contamination"):
+        width = max(14, *(len(row["name"]) for row in rows))
+        lines.append(f"{'evaluation set':<{width}} {'n-grams':>10} {'in corpus':>10} {'share':>8}")
+        for row in rows:
+            lines.append(f"{row['name']:<{width}} {row['ngrams']:>10,} {row['found']:>10,} {row['share']:>8.2%}")
+    if p := summary.get("planted"):
+        lines.append(
+            f"near-duplicates planted: {p['found']:,} of {p['planted']:,} found (recall {p['recall']:.3f}), "
+            f"{p['alike_joined']:,} of {p['alike']:,} merely alike joined (precision {p['precision']:.3f})"
+        )
+    return lines
+
+
 def write_corpus_report(corpus: Corpus) -> Path:
     """Write report.html from summary.json, documents/ and tokens/; return its path."""
     summary = read_summary(corpus)

@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import socket
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def write_atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and renamed, on failure removed."""
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # other machines may write here, too
         try:
             yield temporary
             sync_file(temporary)
@@ -194,6 +195,17 @@ def why_not_done(step: Step, hashes: Hashes) -> str | None:
         elif got != written.get(name):
             defects.append(f"{name} is damaged (sha256 {got[:12]}…, written as {str(written.get(name))[:12]}…)")
     return "; ".join(defects) or None
+
+
+def stands_but_for(step: Step, setting: str, hashes: Hashes) -> bool:
+    """Whether the step's result stands in all but that `setting` is another one now."""
+    marker = read_marker(step)
+    if marker is None:
+        return False
+    before = {name: value for name, value in step.settings.items() if name != setting}
+    if setting in marker.get("settings", {}):
+        before[setting] = marker["settings"][setting]
+    return why_not_done(replace(step, settings=before), hashes) is None
 
 
 def recorded_outputs(step: Step, marker: Mapping[str, Any]) -> tuple[Path, ...]:

@@ -254,7 +254,10 @@ def _old_signatures(folder: Path, config: DedupConfig) -> pa.Table:
         try:
             tables.append(_kept(dedup.read_signatures([signatures], config), verdicts))
         except CorruptionError as e:
-            raise InputError(f"dedup.against={folder}: {e}, with this corpus's dedup.ngram, bands and rows") from None
+            raise InputError(
+                f"dedup.against={folder}: its signatures are of another kind; give the dedup.ngram, bands and rows "
+                f"that it was made with, or run it again ({e})"
+            ) from None
     return pa.concat_tables(tables)
 
 
@@ -284,7 +287,7 @@ def drop_duplicates(out: Path, k: int) -> dict[str, Any]:
 
 
 def decontaminate(out: Path, k: int, config: DecontaminateConfig, finish: DocumentsConfig) -> dict[str, Any]:
-    """Evaluation texts first, then personal data: both may change what is kept of a text, and the ledger counts both."""
+    """Evaluation texts first, then personal data: both may change a text that is kept, and the ledger counts both."""
     corpus = Corpus(out)
     documents = read_documents(corpus, k, "decontaminate")
     sets = [contamination.read_evaluation_set(Path(p)) for p in config.paths]
@@ -301,8 +304,9 @@ def decontaminate(out: Path, k: int, config: DecontaminateConfig, finish: Docume
 
 def _mask(documents: pa.Table, verdicts: pa.Table, texts: dict[int, str]) -> tuple[pa.Table, dict[int, str]]:
     """Verdicts with the numbers of what was masked, and the texts that changed, those before among them."""
-    before = dict(zip(documents["index"].to_pylist(), documents["text"].to_pylist(), strict=True))
-    rows, changed = [], {}
+    before: dict[int, str] = dict(zip(documents["index"].to_pylist(), documents["text"].to_pylist(), strict=True))
+    changed: dict[int, str] = {}
+    rows = []
     for row in verdicts.to_pylist():
         index = row["index"]
         if row["state"] == KEPT:

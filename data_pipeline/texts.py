@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +107,16 @@ def _require_column(row: Mapping[str, Any], text_column: str, where: object) -> 
         )
 
 
-def write_document_shards(path: str, text_column: str, corpus: Corpus, shards: int) -> tuple[int, list[Path]]:
+def write_document_shards(
+    path: str,
+    text_column: str,
+    corpus: Corpus,
+    shards: int,
+    forgotten: Callable[..., str | None] | None = None,
+) -> tuple[int, list[Path]]:
     """Write extract/NNNNN.parquet and its verdicts for all rows; return how many shards, and the files.
+
+    `forgotten` tells of a row's URL and domain why it was taken down, or None.
 
     Memory: one shard of 16 MB of text, or all of them with a given number of `shards`.
     """
@@ -127,6 +135,8 @@ def write_document_shards(path: str, text_column: str, corpus: Corpus, shards: i
         slot = index % shards if shards else 0
         documents, verdicts, size = pending[slot]
         document, verdict = _document(index, row)
+        if document is not None and forgotten and (why := forgotten(document["url"], document.get("domain"))):
+            document, verdict = None, Verdict(index, verdict.url, DROPPED, "forgotten", why)
         verdicts.append(verdict)
         if document is not None:
             documents.append(document)

@@ -53,6 +53,8 @@ class TokenShardWriter:
         self._split = SPLITS[0]
         self._rows: list[tuple[str, int, int, int, str, str]] = []
         self._bin: BinaryIO | None = None
+        self._number = 0  # of the file under way in its split
+        self._room = shard_tokens  # left in it
         self._parquet = pq.ParquetWriter(folder / DOCUMENTS, DOCUMENTS_SCHEMA, compression="zstd")
 
     def __enter__(self) -> TokenShardWriter:
@@ -67,13 +69,7 @@ class TokenShardWriter:
         """Add a document: tokens[n], uint16, ended by END_OF_TEXT. All of train comes before validation."""
         assert tokens.dtype == TOKEN, f"tokens are {tokens.dtype}, not uint16"
         assert tokens[-1] == END_OF_TEXT, "a document ends with END_OF_TEXT"
-        if split != self._split:
-            assert SPLITS.index(split) > SPLITS.index(self._split), "train comes before validation"
-            self._close_file()
-            self._write_rows()  # a row group holds one split alone
-            self._split = split
-        if self._bin is not None and self._file_tokens + len(tokens) > self._shard_tokens:
-            self._close_file()
+        self._make_room(split, len(tokens))
         if self._bin is None:
             self._open_file()
         totals = self._splits[split]
@@ -87,6 +83,23 @@ class TokenShardWriter:
             self._write_block()
         if len(self._rows) == ROW_GROUP_ROWS:
             self._write_rows()
+
+    def pass_over(self, split: str, tokens: int) -> None:
+        """Leave out a document of `tokens` tokens that was taken down: files border where they did with it."""
+        self._make_room(split, tokens)
+
+    def _make_room(self, split: str, tokens: int) -> None:
+        """Go on to the file that a document of `tokens` tokens belongs to."""
+        if split != self._split:
+            assert SPLITS.index(split) > SPLITS.index(self._split), "train comes before validation"
+            self._close_file()
+            self._write_rows()  # a row group holds one split alone
+            self._split, self._number, self._room = split, 0, self._shard_tokens
+        if tokens > self._room and self._room < self._shard_tokens:
+            self._close_file()
+            self._number += 1  # also of a file that nothing is left of: those behind it keep their names
+            self._room = self._shard_tokens
+        self._room -= tokens
 
     def finish(self, *, made_from: str, settings: dict[str, Any]) -> dict[str, Any]:
         """Close and sync all files, write the manifest last, and return it.
@@ -121,7 +134,7 @@ class TokenShardWriter:
         return manifest
 
     def _open_file(self) -> None:
-        self._name = f"{self._split}_{len(self._splits[self._split]['files']):05d}"
+        self._name = f"{self._split}_{self._number:05d}"
         self._bin = open(self._folder / f"{self._name}.bin", "wb", buffering=0)  # noqa: SIM115 (closed by _close_file)
         self._block = bytearray()
         self._digest = hashlib.sha256()

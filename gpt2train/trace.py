@@ -8,7 +8,7 @@ costs the reading of its documents' rows; a URL costs one pass over the table of
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +61,17 @@ def documents_of_step(split: TokenSplit, config: TrainConfig, step: int) -> list
 
 def steps_of_url(split: TokenSplit, config: TrainConfig, url: str, *, last_step: int) -> list[Seen]:
     """Where steps 1 to `last_step` saw the documents of `url`, by step. Empty: they did not, or there is none."""
+    return steps_of_documents(split, config, documents_of_url(split, url), last_step=last_step)
+
+
+def steps_of_documents(
+    split: TokenSplit, config: TrainConfig, documents: Sequence[DocumentSpan], *, last_step: int
+) -> list[Seen]:
+    """Where steps 1 to `last_step` saw any of `documents`, by step; one pass over the order for all of them."""
     windows = TokenWindows(split, config.model.context)
     order = _order(windows, config)
     by_window: dict[int, list[DocumentSpan]] = {}
-    for document in documents_of_url(split, url):
+    for document in documents:
         # The window before may hold the document's first token as its last target.
         first = max((document.start - 1) // windows.context, 0)
         last = min((document.stop - 1) // windows.context, len(windows) - 1)
@@ -94,7 +101,17 @@ def steps_of_url(split: TokenSplit, config: TrainConfig, url: str, *, last_step:
 
 def documents_of_url(split: TokenSplit, url: str) -> list[DocumentSpan]:
     """The split's documents whose URL is exactly `url`, in the order of the split."""
-    return [document for document in _all_documents(split) if document.url == url]
+    return documents_of_urls(split, {url})
+
+
+def documents_of_urls(split: TokenSplit, urls: Collection[str]) -> list[DocumentSpan]:
+    """The split's documents whose URL is among `urls`, in the order of the split."""
+    return [document for document in _all_documents(split) if document.url in urls]
+
+
+def steps_done(run_dir: str | Path) -> int:
+    """The last step in the run's metrics; 0 before the first."""
+    return max((step for step, _ in series(read_metrics(run_dir), "loss")), default=0)
 
 
 def _all_documents(split: TokenSplit) -> Iterator[DocumentSpan]:
@@ -125,9 +142,9 @@ def trace(config: TraceConfig) -> int:
     run = read_run_config(config.run)
     if not 0 <= config.step <= run.steps:
         raise ConfigError([f"step={config.step}: must lie in 1..{run.steps}, the run's steps; give step=1"])
-    shards = _open_data(Path(config.run))
+    shards = open_data(Path(config.run))
     split = shards.split("train")
-    done = max((step for step, _ in series(read_metrics(config.run), "loss")), default=0)
+    done = steps_done(config.run)
     if config.url:
         seen = steps_of_url(split, run, config.url, last_step=done)
         title = f"{config.url}: seen {len(seen)} times in {done} steps"
@@ -142,7 +159,7 @@ def trace(config: TraceConfig) -> int:
     return 0
 
 
-def _open_data(run_dir: Path) -> TokenShards:
+def open_data(run_dir: Path) -> TokenShards:
     """The run's token shards; raises ConfigError when others lie in their place now."""
     folder = data_folder(run_dir)
     if folder is None:

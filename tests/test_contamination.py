@@ -102,7 +102,7 @@ def test_documents_that_share_a_long_ngram_are_dropped_if_asked() -> None:
     ]
     sets = [EvaluationSet("items", (ITEM,)), EvaluationSet("others", (OTHER,))]
     keep, drop = DecontaminateConfig(), DecontaminateConfig(drop=True)
-    verdicts, found = scan_shard(documents(texts), build_index(sets, drop), drop)
+    verdicts, found, _ = scan_shard(documents(texts), build_index(sets, drop), drop)
     assert verdicts.schema == VERDICT_SCHEMA
     assert verdicts["index"].to_pylist() == [100, 101, 102, 103, 104]
     assert verdicts["reason"].to_pylist() == [None, "contaminated", None, "contaminated", None]
@@ -113,7 +113,7 @@ def test_documents_that_share_a_long_ngram_are_dropped_if_asked() -> None:
     # What was dropped is not in the corpus any more: only the twelve words count.
     rows = overlap_report(build_index(sets, drop), [found])
     assert [row["found"] for row in rows] == [5, 0]
-    verdicts, found = scan_shard(documents(texts), build_index(sets, keep), keep)
+    verdicts, found, _ = scan_shard(documents(texts), build_index(sets, keep), keep)
     assert set(verdicts["state"].to_pylist()) == {"kept"}
     assert [row["found"] for row in overlap_report(build_index(sets, keep), [found])] == [
         6,
@@ -124,7 +124,7 @@ def test_documents_that_share_a_long_ngram_are_dropped_if_asked() -> None:
 def test_found_ngrams_are_sorted_and_unique() -> None:
     config = DecontaminateConfig()
     index = build_index([EvaluationSet("items", (ITEM, OTHER))], config)
-    _, found = scan_shard(documents([ITEM, OTHER, ITEM]), index, config)
+    _, found, _ = scan_shard(documents([ITEM, OTHER, ITEM]), index, config)
     assert found.dtype == np.uint64
     assert found.tolist() == sorted(set(index.report_hashes[0].tolist()))
 
@@ -132,10 +132,10 @@ def test_found_ngrams_are_sorted_and_unique() -> None:
 def test_no_sets_and_no_documents() -> None:
     config = DecontaminateConfig(drop=True)
     index = build_index([], config)
-    verdicts, found = scan_shard(documents([ITEM]), index, config)
+    verdicts, found, _ = scan_shard(documents([ITEM]), index, config)
     assert verdicts["state"].to_pylist() == ["kept"]
     assert overlap_report(index, [found]) == []
-    verdicts, found = scan_shard(documents([]), build_index([EvaluationSet("items", (ITEM,))], config), config)
+    verdicts, found, _ = scan_shard(documents([]), build_index([EvaluationSet("items", (ITEM,))], config), config)
     assert (verdicts.num_rows, len(found)) == (0, 0)
 
 

@@ -16,6 +16,7 @@ from data_pipeline.clean.dedup import (
     find_duplicates,
     minhash,
     normalize_for_exact,
+    read_signatures,
     sign_shard,
 )
 from data_pipeline.clean.ngrams import hash_ngrams, hash_words, random_uint64
@@ -56,7 +57,7 @@ def run(tmp_path: Path, shards: list[pa.Table], config: DedupConfig) -> pa.Table
     for i, shard in enumerate(shards):
         paths.append(tmp_path / f"{len(list(tmp_path.iterdir()))}_{i}.parquet")
         pq.write_table(sign_shard(shard, config), paths[-1])
-    return find_duplicates(paths, config)
+    return find_duplicates(read_signatures(paths, config), config)
 
 
 def clusters(duplicates: pa.Table) -> dict[int, set[int]]:
@@ -282,11 +283,11 @@ def test_signatures_of_other_settings_are_refused(tmp_path: Path, other: DedupCo
     path = tmp_path / "signatures.parquet"
     pq.write_table(sign_shard(documents(["a b c d e f"]), other), path)
     with pytest.raises(CorruptionError, match=r"signatures\.parquet: signatures of kind 'version .* remove the file"):
-        find_duplicates([path], DedupConfig())
+        read_signatures([path], DedupConfig())
 
 
 def test_nothing_to_compare(tmp_path: Path) -> None:
-    assert find_duplicates([], DedupConfig()).num_rows == 0
+    assert find_duplicates(read_signatures([], DedupConfig()), DedupConfig()).num_rows == 0
     empty = documents([])
     duplicates = run(tmp_path, [empty], DedupConfig())
     assert duplicates.num_rows == 0

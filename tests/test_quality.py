@@ -15,6 +15,7 @@ import yaml
 
 from data_pipeline.clean.quality import (
     SENTENCE_TERMINAL,
+    blocked_phrases,
     clean,
     count_sentences,
     filter_quality,
@@ -23,7 +24,7 @@ from data_pipeline.clean.quality import (
     split_words,
 )
 from data_pipeline.config import CorpusConfig, QualityConfig
-from data_pipeline.records import VERDICT_SCHEMA
+from data_pipeline.records import VERDICT_SCHEMA, InputError
 
 RECIPES = Path(__file__).parents[1] / "configs" / "corpus" / "recipe"
 
@@ -170,6 +171,7 @@ def test_every_setting_has_a_rule_under_test() -> None:
         "min_tokens",
         "c4_lines",
         "c4_terminal_punctuation",
+        "blocked_words_file",
     }
     assert tested == {f.name for f in fields(QualityConfig)}
 
@@ -180,6 +182,23 @@ def test_min_tokens_counts_gpt2_tokens() -> None:
     assert measure("hello" + " world" * 127, config)["tokens"] == 128
     assert verdict("hello" + " world" * 127, config) is None
     assert verdict("hello" + " world" * 126, config) == "too_few_tokens"
+
+
+def test_a_list_of_blocked_words_drops_whole_words_in_any_case(tmp_path: Path) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text("\ufeff# ours\nSpam\r\n\nbad  apple\nStraße\n", encoding="utf-8")
+    config = QualityConfig(blocked_words_file=str(path))
+    for text in ("No SPAM here.", "a bad, apple", "a bad\napple", "in der STRASSE dort"):
+        assert verdict(text, config) == "blocked_word", text
+    for text in ("No spammer here.", "a bad red apple", "an apple, bad", "nothing"):
+        assert verdict(text, config) is None, text
+    assert measure("spam, spam and bad apple", config)["blocked_words"] == 3
+    path.write_text("ham\n...\n")
+    blocked_phrases.cache_clear()
+    with pytest.raises(InputError, match=r"'\.\.\.' has no letter"):
+        verdict("ham", config)
+    with pytest.raises(InputError, match="No such file"):
+        verdict("ham", QualityConfig(blocked_words_file=str(tmp_path / "none.txt")))
 
 
 def test_an_empty_text_goes_under_every_recipe() -> None:

@@ -5,7 +5,8 @@ set. The normalization is the GPT-2 paper's (Radford et al., 2019, section 4): l
 single space between them; so is the measure, the share of a set's 8-grams that occur in the training data. Where the
 paper has a Bloom filter of the corpus with false positives of at most 1e-8, here the sets' n-grams are looked for in
 the corpus as exact 64-bit hashes: memory grows with the sets, not with the corpus, and a false hit has a probability of
-(n-grams of all sets) / 2^64.
+(n-grams of all sets) / 2^64. What is shared may cost the whole document (`drop`) or only the shared words
+(`remove_spans`); longer n-grams decide that (GPT-3's 13 words: Brown et al., 2020, appendix C).
 
 Cost: 30 MB of text a second.
 """
@@ -51,6 +52,10 @@ class NgramFinder:
         places = np.searchsorted(self.hashes, likely)
         return likely[self.hashes[np.minimum(places, len(self.hashes) - 1)] == likely]
 
+    def places(self, candidates: np.ndarray) -> np.ndarray:
+        """Where in `candidates` those lie that are in the set."""
+        return np.flatnonzero(np.isin(candidates, np.unique(self.find(candidates))))
+
 
 @dataclass(frozen=True, slots=True)
 class ContaminationIndex:
@@ -58,7 +63,7 @@ class ContaminationIndex:
 
     names: tuple[str, ...]
     report_hashes: tuple[np.ndarray, ...]  # for each set: sorted, unique
-    drop_hashes: tuple[np.ndarray, ...]  # for each set: sorted, unique; empty arrays when nothing is to be dropped
+    drop_hashes: tuple[np.ndarray, ...]  # for each set: sorted, unique; empty arrays when nothing is to be removed
     report: NgramFinder
     drop: NgramFinder
 
@@ -119,7 +124,8 @@ def build_index(sets: Sequence[EvaluationSet], config: DecontaminateConfig) -> C
     """The n-grams to look for, from all `sets`."""
     report = tuple(_unique_ngrams(s.texts, config.ngram) for s in sets)
     nothing = np.empty(0, np.uint64)
-    drop = tuple(_unique_ngrams(s.texts, config.drop_ngram) if config.drop else nothing for s in sets)
+    wanted = config.drop or config.remove_spans
+    drop = tuple(_unique_ngrams(s.texts, config.drop_ngram) if wanted else nothing for s in sets)
     return ContaminationIndex(tuple(s.name for s in sets), report, drop, _finder(report), _finder(drop))
 
 
@@ -137,19 +143,34 @@ def _finder(hashes: Sequence[np.ndarray]) -> NgramFinder:
 
 def scan_shard(
     documents: pa.Table, index: ContaminationIndex, config: DecontaminateConfig
-) -> tuple[pa.Table, np.ndarray]:
-    """Verdicts (VERDICT_SCHEMA, one for each document in the order given), and the evaluation sets' n-grams found.
+) -> tuple[pa.Table, np.ndarray, dict[int, str]]:
+    """Verdicts (one for each document in the order given), the evaluation sets' n-grams found, and changed texts.
 
-    A dropped document's n-grams are not among those found: they are not in the corpus any more. The second result is
-    uint64, sorted, unique; `overlap_report` adds the shards' up.
+    The n-grams of what is dropped or cut out are not among those found: they are not in the corpus any more. They are
+    uint64, sorted, unique; `overlap_report` adds the shards' up. The texts are those of kept documents that lost spans,
+    by index.
     """
     verdicts: list[Verdict] = []
+    changed: dict[int, str] = {}
     found: list[np.ndarray] = [np.empty(0, np.uint64)]
     columns = (documents[name].to_pylist() for name in ("index", "url", "text"))
     for row, url, text in zip(*columns, strict=True):
         normalized = normalize(text)
+        cut = 0
+        if config.remove_spans:
+            shorter, cut = remove_spans(text, index.drop, config.drop_ngram)
+            if cut and not shorter:
+                verdicts.append(
+                    Verdict(row, url, DROPPED, "contaminated", "nothing else in it", {"removed_spans": cut})
+                )
+                continue
+            if cut:
+                changed[row] = shorter
+                normalized = normalize(shorter)
         seen = np.unique(index.report.find(hash_ngrams(normalized, config.ngram)))
         numbers: dict[str, float | int | str] = {"evaluation_ngrams": len(seen)}
+        if config.remove_spans:
+            numbers |= {"removed_spans": cut, "removed_characters": len(text) - len(changed.get(row, text))}
         if config.drop:
             shared = np.unique(index.drop.find(hash_ngrams(normalized, config.drop_ngram)))
             numbers["evaluation_drop_ngrams"] = len(shared)
@@ -160,7 +181,38 @@ def scan_shard(
                 continue
         found.append(seen)
         verdicts.append(Verdict(row, url, numbers=numbers))
-    return verdict_table(verdicts), np.unique(np.concatenate(found))
+    return verdict_table(verdicts), np.unique(np.concatenate(found)), changed
+
+
+def remove_spans(text: str, finder: NgramFinder, n: int) -> tuple[str, int]:
+    """`text` without the n-grams that `finder` knows, and how many separate spans that were.
+
+    A span goes from the first letter of its first word to the last of its last, across case and punctuation; what is
+    left on its sides is joined by a single space, or by a line break where the span was a whole line. Repeated until
+    nothing is found: what comes to stand side by side may be an n-gram, too.
+    """
+    total = 0
+    while True:
+        words: list[tuple[str, int, int]] = []
+        for match in _ALPHANUMERIC.finditer(text):
+            # Lower-casing may part a word (İ becomes i and a combining dot), as it does in `normalize`.
+            words += [(part, match.start(), match.end()) for part in _ALPHANUMERIC.findall(match[0].lower())]
+        starts = finder.places(hash_ngrams(" ".join(word for word, _, _ in words), n)).tolist()
+        if not starts:
+            return text, total
+        spans: list[list[int]] = []
+        for first in starts:
+            begin, end = words[first][1], words[first + n - 1][2]
+            if spans and begin <= spans[-1][1]:
+                spans[-1][1] = end
+            else:
+                spans.append([begin, end])
+        total += len(spans)
+        for begin, end in reversed(spans):
+            before, after = text[:begin].rstrip(" \t"), text[end:].lstrip(" \t.,;:!?'\"”’)")
+            parted = not before or not after or before.endswith("\n") or after.startswith("\n")
+            text = before + ("" if parted else " ") + after
+        text = text.strip()
 
 
 def overlap_report(index: ContaminationIndex, found: Iterable[np.ndarray]) -> list[dict[str, str | int | float]]:

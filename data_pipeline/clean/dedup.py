@@ -47,7 +47,8 @@ DUPLICATE_SCHEMA = pa.schema(
         ("index", pa.int64()),  # of a document that goes
         ("twin", pa.int64()),  # index of the one that stays in its place
         ("twin_url", pa.string()),
-        ("kind", pa.string()),  # exact: the same normalized text as the twin; near: another text of its cluster
+        ("kind", pa.string()),  # exact: the same normalized text as the twin; near: another text of its cluster;
+        # old_exact, old_near: the twin is another corpus's, and `twin` is below 0
         ("cluster_size", pa.int64()),
     ]
 )
@@ -139,17 +140,48 @@ def minhash(shingles: Sequence[np.ndarray], permutations: int) -> np.ndarray:
 _MINHASH_BLOCK = 1 << 16  # shingles: 0.5 MB of values
 
 
-def find_duplicates(signatures: Sequence[Path], config: DedupConfig) -> pa.Table:
-    """The documents that go (DUPLICATE_SCHEMA), sorted by index, from all shards' signature files (Parquet).
+def find_duplicates(signatures: pa.Table, config: DedupConfig, old: pa.Table | None = None) -> pa.Table:
+    """The documents that go (DUPLICATE_SCHEMA), sorted by index, from all shards' `signatures` (`read_signatures`).
 
-    Raises:
-        CorruptionError: a file holds signatures of another version or with other settings.
+    `old` are signatures of documents that other corpora keep: whoever shares a cluster with one of them goes.
     """
-    tables = [_read_signatures(path, config) for path in signatures]
-    rows = pa.concat_tables(tables).sort_by("index") if tables else SIGNATURE_SCHEMA.empty_table()
+    rows = signatures.sort_by("index")
+    if old is not None:
+        # Below 0, so that they stand before all others in the order of the index, and are told from them.
+        below = pa.array(np.arange(-old.num_rows, 0))
+        rows = pa.concat_tables([old.set_column(0, "index", below).select(rows.column_names), rows])
     if rows.num_rows == 0:
         return DUPLICATE_SCHEMA.empty_table()
-    exact = np.frombuffer(b"".join(rows["exact"].to_pylist()), "<u8").reshape(-1, 2)
+    exact = exact_digests(rows)
+    cluster = clusters(rows, config)
+    best = _best_of_each(cluster, rows, config.keep)  # row of the one that stays, for each row
+    index = rows["index"].to_numpy()
+    goes = np.flatnonzero((best != np.arange(len(best))) & (index >= 0))
+    sizes = np.bincount(cluster)[cluster[goes]]
+    twins = rows.select(["index", "url"]).take(best[goes])
+    same = (exact[goes] == exact[best[goes]]).all(axis=1)
+    kind = np.where(same, "exact", "near").astype(object)
+    kind[index[best[goes]] < 0] = "old_" + kind[index[best[goes]] < 0]
+    return pa.Table.from_arrays(
+        [
+            rows["index"].take(goes),
+            twins["index"],
+            twins["url"],
+            pa.array(kind, pa.string()),
+            pa.array(sizes, pa.int64()),
+        ],
+        schema=DUPLICATE_SCHEMA,
+    )
+
+
+def exact_digests(rows: pa.Table) -> np.ndarray:
+    """uint64[rows, 2]: both halves of the exact digests."""
+    return np.frombuffer(b"".join(rows["exact"].to_pylist()), "<u8").reshape(-1, 2)
+
+
+def clusters(rows: pa.Table, config: DedupConfig) -> np.ndarray:
+    """int[rows]: the number of the cluster that each row (SIGNATURE_SCHEMA) belongs to."""
+    exact = exact_digests(rows)
     links = []
     if config.exact:
         # Links of equal first halves, made in the order of the second halves, so that equal digests are neighbors.
@@ -161,31 +193,26 @@ def find_duplicates(signatures: Sequence[Path], config: DedupConfig) -> pa.Table
         signed = np.flatnonzero(pc.list_value_length(bands).to_numpy(zero_copy_only=False))
         hashes = bands.flatten().to_numpy().reshape(-1, config.bands)
         links += [_links(hashes[:, band], signed) for band in range(config.bands)]
-    cluster = _connected_components(len(exact), links)
-    best = _best_of_each(cluster, rows, config.keep)  # row of the one that stays, for each row
-    goes = np.flatnonzero(best != np.arange(len(best)))
-    sizes = np.bincount(cluster)[cluster[goes]]
-    twins = rows.select(["index", "url"]).take(best[goes])
-    return pa.Table.from_arrays(
-        [
-            rows["index"].take(goes),
-            twins["index"],
-            twins["url"],
-            pa.array(np.where((exact[goes] == exact[best[goes]]).all(axis=1), "exact", "near"), pa.string()),
-            pa.array(sizes, pa.int64()),
-        ],
-        schema=DUPLICATE_SCHEMA,
-    )
+    return _connected_components(len(exact), links)
 
 
-def _read_signatures(path: Path, config: DedupConfig) -> pa.Table:
-    table = pq.read_table(path)
-    found, wanted = (table.schema.metadata or {}).get(b"signature", b""), _metadata(config)[b"signature"]
-    if found != wanted:
-        raise CorruptionError(
-            f"{path}: signatures of kind '{found.decode()}', needed '{wanted.decode()}'; remove the file and run again"
-        )
-    return table
+def read_signatures(paths: Sequence[Path], config: DedupConfig) -> pa.Table:
+    """The signatures in `paths` (Parquet), one after another.
+
+    Raises:
+        CorruptionError: a file holds signatures of another version or with other settings.
+    """
+    tables = []
+    for path in paths:
+        table = pq.read_table(path)
+        found, wanted = (table.schema.metadata or {}).get(b"signature", b""), _metadata(config)[b"signature"]
+        if found != wanted:
+            raise CorruptionError(
+                f"{path}: signatures of kind '{found.decode()}', needed '{wanted.decode()}'; "
+                f"remove the file and run again"
+            )
+        tables.append(table)
+    return pa.concat_tables(tables) if tables else SIGNATURE_SCHEMA.empty_table()
 
 
 def _links(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -215,7 +242,8 @@ def _connected_components(count: int, links: Sequence[np.ndarray]) -> np.ndarray
 def _best_of_each(cluster: np.ndarray, rows: pa.Table, keep: Keep) -> np.ndarray:
     """int64[rows]: for each row, the row of its cluster that stays; `rows` are sorted by index, ties go to the lowest.
 
-    longest: most characters. earliest: least date, documents without one last. first: lowest index.
+    longest: most characters. earliest: least date, documents without one last. first: lowest index. A row with an
+    index below 0, of an older corpus, stays before all others.
     """
     if keep is Keep.longest:
         rank = -rows["characters"].to_numpy()
@@ -224,7 +252,8 @@ def _best_of_each(cluster: np.ndarray, rows: pa.Table, keep: Keep) -> np.ndarray
         rank = np.unique(np.array(dates), return_inverse=True)[1]
     else:
         rank = np.zeros(len(cluster), np.int64)
-    order = np.lexsort((np.arange(len(cluster)), rank, cluster))
+    new = rows["index"].to_numpy() >= 0
+    order = np.lexsort((np.arange(len(cluster)), rank, new, cluster))
     first = np.append(True, np.diff(cluster[order]) != 0)
     return order[np.flatnonzero(first)][cluster]
 

@@ -21,6 +21,7 @@ one of them is on.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -28,7 +29,8 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.config import QualityConfig
-from data_pipeline.records import DROPPED, Verdict, verdict_table
+from data_pipeline.lists import read_list
+from data_pipeline.records import DROPPED, InputError, Verdict, verdict_table
 
 # Gopher, A.1.1.
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -159,12 +161,40 @@ def _measure_and_clean(text: str, config: QualityConfig) -> tuple[Numbers, str]:
         from data_pipeline.tokenizer import load
 
         numbers["tokens"] = len(load().encode(text))
+    if c.blocked_words_file:
+        numbers["blocked_words"] = count_blocked(text, blocked_phrases(c.blocked_words_file))
     if need_c4:
         c4_numbers, text = _c4(text, c)
         numbers |= c4_numbers
     if need_fineweb:
         numbers |= _fineweb(text)
     return {name: round(number, 6) for name, number in numbers.items()}, text
+
+
+Phrases = Mapping[int, frozenset[tuple[str, ...]]]
+"""Blocked phrases by their number of words, case folded."""
+_BLOCKED_WORD = re.compile(r"\w+")
+
+
+@functools.lru_cache(4)
+def blocked_phrases(path: str) -> Phrases:
+    """The entries of a list of blocked words. Raises InputError, also for an entry without any word."""
+    phrases: dict[int, set[tuple[str, ...]]] = {}
+    for entry in read_list(path, "quality.blocked_words_file"):
+        words = tuple(_BLOCKED_WORD.findall(entry.casefold()))
+        if not words:
+            raise InputError(f"quality.blocked_words_file={path}: {entry!r} has no letter or digit; take it out")
+        phrases.setdefault(len(words), set()).add(words)
+    return {n: frozenset(of_length) for n, of_length in phrases.items()}
+
+
+def count_blocked(text: str, phrases: Phrases) -> int:
+    """How often whole words of `text`, in their order, are a blocked phrase. One pass for each length of phrase."""
+    words = _BLOCKED_WORD.findall(text.casefold())
+    count = 0
+    for n, of_length in phrases.items():
+        count += sum(gram in of_length for gram in zip(*(words[i:] for i in range(n)), strict=False))
+    return count
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -314,6 +344,7 @@ def judge(numbers: Mapping[str, float], config: QualityConfig) -> str | None:
     duplicates = zip(range(5, 11), c.max_duplicate_ngram_character_ratios, strict=False)
     rules = (
         ("empty_text", numbers["characters"] == 0),
+        ("blocked_word", bool(c.blocked_words_file) and numbers["blocked_words"] > 0),
         ("duplicate_paragraphs", over("duplicate_paragraph_ratio", c.max_duplicate_paragraph_ratio)),
         (
             "duplicate_paragraph_characters",

@@ -6,6 +6,7 @@ launch/ knows nothing of training: it is handed command lines that were checked 
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,61 @@ from gpt2train.commands.table import DATA, LADDER
 from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted
 from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
 from launch import config as launch_config
+
+
+def build_corpus(overrides: Sequence[str]) -> int:
+    """The pipeline, handed checked settings; before a take-down, the steps of `runs` that saw what will be gone."""
+    from data_pipeline import config as corpus_config
+
+    settings = compose(
+        corpus_config.CorpusConfig,
+        [_quoted_list(text, "what_if") for text in overrides],
+        groups=CONFIG_FOLDER / "corpus",
+        check=corpus_config.check,
+    )
+    from data_pipeline import pipeline
+
+    if settings.forget and settings.runs:
+        # While the token shards are still the ones that the runs trained on.
+        from data_pipeline.forget import plan
+
+        _print_steps(settings.runs, set(plan(settings).documents["url"].to_pylist()))
+    return pipeline.build_corpus(settings)
+
+
+def _quoted_list(override: str, key: str) -> str:
+    """`key=[a=1,b=[2,3]]` or `key=a=1` as Hydra's grammar reads it, which knows no `=` within a value."""
+    if not override.startswith(f"{key}=") or '"' in override or "'" in override:
+        return override
+    value = override.removeprefix(f"{key}=")
+    value = value[1:-1] if value.startswith("[") and value.endswith("]") else value
+    # Commas within brackets belong to an item.
+    items = [item.strip() for item in re.split(r",(?![^\[]*\])", value)]
+    return f"{key}=[{','.join(quoted(item) for item in items if item)}]"
+
+
+def _print_steps(runs: Sequence[str], urls: set[str]) -> None:
+    """One line a run on standard output: how many of its steps saw the documents of `urls`, and which."""
+    from gpt2train.run_folder import read_run_config
+    from gpt2train.trace import documents_of_urls, open_data, steps_done, steps_of_documents
+
+    for run in runs:
+        split, done = open_data(Path(run)).split("train"), steps_done(run)
+        documents = documents_of_urls(split, urls)
+        steps = sorted({s.step for s in steps_of_documents(split, read_run_config(run), documents, last_step=done)})
+        which = f": {_ranges(steps)}" if steps else ""
+        print(f"{run}: {len(steps)} of {done} steps saw {len(documents)} texts that are to be forgotten{which}")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[1, 2, 3, 7] → "1-3, 7"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}-{b}" if b > a else str(a) for a, b in parts)
 
 
 def launch_training(overrides: Sequence[str]) -> int:

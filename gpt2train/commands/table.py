@@ -33,12 +33,14 @@ COMMANDS: dict[str, Command] = {
     "corpus": Command(
         "URL list, WARC files or text dataset → documents and token shards",
         "data_pipeline.config:CorpusConfig",
-        "data_pipeline.pipeline:build_corpus",
+        "gpt2train.commands.joined:build_corpus",
         groups="corpus",
         examples=(
             "gpt2train corpus urls=list.txt out=corpus/ fetch.contact=https://example.org/crawler",
             "gpt2train corpus source=warc path=crawl/ out=corpus/",
             "gpt2train corpus source=dataset path=texts/ out=corpus/ recipe=extract_only",
+            "gpt2train corpus what_if=[quality.min_words=400,language.min_score=0.8] out=corpus/",
+            "gpt2train corpus forget=domains.txt out=corpus/ runs=[runs/small]",
         ),
     ),
     "train": Command(
