@@ -36,7 +36,10 @@ test: check
 	$(BIN)/python -m pytest
 
 fast: setup
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not soak'
+
+soak: setup
+	$(BIN)/python -m pytest -m soak -s --timeout 3600
 
 clean:
 	rm -rf build dist *.egg-info .demo .pytest_cache .mypy_cache .ruff_cache
