@@ -1,6 +1,7 @@
 """URL list → responses in WARC files, politely and safely; every URL in one typed state.
 
 urls           URL lists → normalized, blocked, unique URLs, in shards by registrable domain
+cc_index       Common Crawl's index lines as rows of a URL list
 url_syntax     one URL: its normal form, its registrable domain, its shard
 addresses      which address may be connected to; the connector that enforces it
 robots         robots.txt by RFC 9309

@@ -104,6 +104,11 @@ def _encoded(line: dict[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
 
 
+# A cluster may take a node for dead that only lost touch with it, and hand its shards to another while the first still
+# writes: what appends to a file needs its own lock. Until the first one notices, the other waits this long.
+LOCK_WAIT_S = 120.0
+
+
 class AppendOnly:
     """A file of JSON lines, each in one write, so that a killed process tears at most the last one."""
 
@@ -135,6 +140,8 @@ class ShardLog:
 
     def __init__(self, folder: Path, number: int, corpus: Path, max_warc_bytes: int) -> None:
         self.folder, self.number, self.corpus, self.max_warc_bytes = folder, number, corpus, max_warc_bytes
+        self._own = ExitStack()
+        self._own.enter_context(lock(folder, f".{number:05d}.lock", LOCK_WAIT_S))
         path = journal_path(folder, number)
         lines, end = _lines(path)
         good = self._whole(lines)
@@ -241,6 +248,7 @@ class ShardLog:
         for file in (self._writer, self._journal, self.audit):
             if file is not None:
                 file.close()
+        self._own.close()
 
 
 def _sync_and_close(files: list[int], folder: Path) -> None:

@@ -46,16 +46,17 @@ class Job:
 
 
 class Host:
-    """A host's queue of (not before, sequence, job), when it may be asked next, and its delay as far as it is known."""
+    """A host's queue of (not before, sequence, job), when it may be asked next, its delay as far as it is known, and
+    whether it sent its last page quickly."""
 
-    __slots__ = ("busy", "delay_s", "failures", "name", "next_start", "queue")
+    __slots__ = ("busy", "delay_s", "failures", "name", "next_start", "queue", "quick")
 
     def __init__(self, name: str, delay_s: float) -> None:
         self.name = name
         self.delay_s = delay_s
         self.queue: list[tuple[float, int, Job]] = []
         self.next_start = 0.0
-        self.busy = False
+        self.busy = self.quick = False
         self.failures = 0
 
     def due(self) -> float:

@@ -28,7 +28,7 @@ from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.decision import journal_line
 from data_pipeline.crawl.fetch_queue import FetchShard, Host, Job, OpenShard
 from data_pipeline.crawl.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
-from data_pipeline.crawl.lanes import SLOW_AFTER_S, Flight, Lanes
+from data_pipeline.crawl.lanes import NEW_SLOW_AFTER_S, SLOW_AFTER_S, Flight, Lanes
 from data_pipeline.crawl.page_rules import REDIRECTS, header_refusal, page_body, redirect_target, wants_body
 from data_pipeline.crawl.robots_cache import RobotsCache
 from data_pipeline.crawl.tail import Backlog
@@ -72,7 +72,8 @@ class Scheduler:
         self.reported = 0.0
         self.hosts: dict[str, Host] = {}
         self.turns: list[tuple[float, int, Host]] = []  # by the time that they are due
-        self.ready: list[tuple[float, int, Host]] = []  # due, the longest queue first
+        # Hosts that are due, the longest queue first: those that have yet to answer quickly, and those that have.
+        self.ready: dict[bool, list[tuple[float, int, Host]]] = {False: [], True: []}
         self.resting: list[tuple[float, int, Host]] = []
         self.sequence = itertools.count()
         self.robots = RobotsCache(client, config, self)
@@ -123,10 +124,13 @@ class Scheduler:
                 self._fill(shard)
         self._close_finished()
         wanted = 4 * self.config.concurrency
-        while self.backlog.unopened and len(self.open) < OPEN_SHARDS and len(self.turns) + len(self.ready) < wanted:
+        while self.backlog.unopened and len(self.open) < OPEN_SHARDS and self._waiting_hosts() < wanted:
             shard = self._open_next()
             self._fill(shard)
             self._close_finished()
+
+    def _waiting_hosts(self) -> int:
+        return len(self.turns) + len(self.ready[False]) + len(self.ready[True])
 
     def _open_next(self) -> OpenShard:
         shard = OpenShard(self.backlog.next_shard(), self.corpus, self.config.max_warc_bytes)
@@ -168,9 +172,9 @@ class Scheduler:
             _, _, host = heapq.heappop(self.turns)
             if not host.busy and host.queue:
                 left_s = self.backlog.left(host.name) * max(host.delay_s, LEAST_TURN_S)
-                heapq.heappush(self.ready, (-left_s, next(self.sequence), host))
-        while self.ready and self.lanes.has_room():
-            _, _, host = heapq.heappop(self.ready)
+                heapq.heappush(self.ready[host.quick], (-left_s, next(self.sequence), host))
+        while (next_host := self._next_ready()) is not None:
+            host = next_host
             if host.busy or not host.queue:
                 continue  # an older entry of the same host was first
             if host.due() > now:
@@ -178,9 +182,17 @@ class Scheduler:
                 continue
             _, _, job = heapq.heappop(host.queue)
             host.busy = True
-            task = asyncio.create_task(self._turn(host, job))
+            flight = Flight(self.lanes, new=not host.quick)
+            task = asyncio.create_task(self._turn(host, job, flight))
             self.tasks.add(task)
             task.add_done_callback(self._ended)
+
+    def _next_ready(self) -> Host | None:
+        """Of the hosts for which there is room, the one with the most left."""
+        heaps = [
+            self.ready[quick] for quick in (False, True) if self.ready[quick] and self.lanes.has_room(new=not quick)
+        ]
+        return heapq.heappop(min(heaps))[2] if heaps else None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
@@ -197,7 +209,7 @@ class Scheduler:
 
     def _next_event(self) -> float | None:
         times = [self.tail_deadline] if self.tail_deadline is not None else []
-        if self.turns and self.lanes.has_room():
+        if self.turns and self.lanes.has_room(new=False):
             times.append(self.turns[0][0])
         return min(times, default=None)
 
@@ -259,9 +271,9 @@ class Scheduler:
 
     # ---- one turn of one host ----
 
-    async def _turn(self, host: Host, job: Job) -> None:
-        flight = Flight(self.lanes)
-        slow_down = asyncio.get_running_loop().call_later(SLOW_AFTER_S, flight.slow_down)
+    async def _turn(self, host: Host, job: Job, flight: Flight) -> None:
+        slow_after_s = NEW_SLOW_AFTER_S if flight.new else SLOW_AFTER_S
+        slow_down = asyncio.get_running_loop().call_later(slow_after_s, flight.slow_down)
         try:
             await self._robots_or_page(host, job, flight)
         except FetchError as e:
@@ -318,8 +330,10 @@ class Scheduler:
             )
             audit["status"] = reply.status
             host.failures = 0
+            host.quick = not flight.slow  # by a page, since a host may drip although its robots.txt came at once
         except FetchError as e:
             audit["error"] = e.reason
+            host.quick = False
             raise
         finally:
             # Counted from the end of the request: then the server, too, sees at least the delay between two starts.

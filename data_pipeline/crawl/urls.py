@@ -1,6 +1,6 @@
 """URL lists → normalized, blocked, unique URLs, in shards by registrable domain.
 
-    .txt .csv .tsv .jsonl .parquet (.gz .xz .zst), or a folder of them
+    .txt .csv .tsv .jsonl .cdxj .parquet (.gz .xz .zst), or a folder of them
       │ read_url_list     one row after the other: position, raw URL, score
       │ normalize         url_syntax: the normal form is the URL's identity
       │ rules             length, scheme, domain, extension, pattern, karma, self posts
@@ -32,6 +32,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from data_pipeline.config import UrlListConfig
+from data_pipeline.crawl import cc_index
 from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize, path_and_query, registrable_domain, shard_of
 from data_pipeline.records import DROPPED, KEPT, URL_SCHEMA, InputError, Verdict, verdict_table
 from data_pipeline.store import storage_errors, write_table
@@ -46,7 +47,7 @@ __all__ = [
     "write_url_shards",
 ]
 
-FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+FORMATS = (".txt", ".csv", ".tsv", ".jsonl", ".ndjson", ".cdxj", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst")
 URL_COLUMNS = ("url", "URL", "link")
 MAX_LINE_BYTES = 32 << 20
@@ -101,7 +102,7 @@ def _rows(path: Path, config: UrlListConfig) -> Iterator[ListRow]:
                 elif form in (".csv", ".tsv"):
                     yield from _csv_rows(stream, file, config, "," if form == ".csv" else "\t")
                 else:
-                    yield from _json_rows(stream, file, config)
+                    yield from _json_rows(stream, file, config, cdxj=form == ".cdxj")
         except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, pa.ArrowInvalid, csv.Error) as e:
             raise InputError(f"urls={file}: cannot be read ({e}); check that the file is whole and readable") from e
 
@@ -128,12 +129,15 @@ def _known_forms() -> str:
 
 
 def _form(path: Path) -> str | None:
-    """The ending that tells how to read `path`. Pushshift's dumps are `RS_2005-06.xz`: JSON lines without saying so."""
+    """The ending that tells how to read `path`. Two are known by their names instead: Pushshift's dumps `RS_2005-06.xz`
+    are JSON lines, Common Crawl's `cdx-00000.gz` are CDXJ."""
     suffixes = [s.lower() for s in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
         if path.name.startswith("RS_") and not (suffixes and suffixes[-1] in FORMATS):
             return ".jsonl"
+        if path.name.startswith("cdx-") and not suffixes:
+            return ".cdxj"
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
@@ -188,7 +192,7 @@ def _text_rows(stream: IO[bytes]) -> Iterator[ListRow]:
             yield ListRow(text)
 
 
-def _json_rows(stream: IO[bytes], file: Path, config: UrlListConfig) -> Iterator[ListRow]:
+def _json_rows(stream: IO[bytes], file: Path, config: UrlListConfig, cdxj: bool) -> Iterator[ListRow]:
     key = config.column
     for number, line in enumerate(_lines(stream), 1):
         if not line.strip():
@@ -199,7 +203,7 @@ def _json_rows(stream: IO[bytes], file: Path, config: UrlListConfig) -> Iterator
             )
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(cc_index.json_of(line) if cdxj else line)
         except (ValueError, RecursionError) as e:
             yield ListRow(_shown(line.decode("utf-8", "replace")), fault=f"not JSON: {str(e)[:200]}")
             continue
@@ -214,6 +218,10 @@ def _json_rows(stream: IO[bytes], file: Path, config: UrlListConfig) -> Iterator
         url = value.get(key)
         if not isinstance(url, str):
             yield ListRow(_shown(line.decode("utf-8", "replace")), fault=f"line {number} has no text under {key!r}")
+            continue
+        refusal = cc_index.refusal(value) if cc_index.is_index_row(value) else None
+        if refusal is not None:
+            yield ListRow(_shown(url), fault=refusal[1], fault_reason=refusal[0])
             continue
         yield ListRow(url, _score(value.get(config.score_column)), value.get("is_self") is True)
 
