@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import UrlListConfig
@@ -183,6 +183,7 @@ def test_parts_of_a_normal_form() -> None:
         assert (host_of(url), origin_of(url), port_of(url), path_and_query(url)) == parts
 
 
+@settings(deadline=None)  # a busy machine is no fault of the code
 @given(st.text(max_size=60))
 def test_the_normal_form_is_idempotent(text: str) -> None:
     for url in (text, f"http://{text}", f"http://h/{text}", f"http://h/?{text}"):
@@ -454,3 +455,37 @@ def test_reddit_submissions(tmp_path: Path) -> None:
     assert counts["reasons"]["low_score"] == low
     assert counts["kept"] + counts["dropped"] == 103
     assert [v["index"] for v in verdicts if v["state"] == "kept"] == [k["index"] for k in kept]
+
+
+def test_common_crawl_index_lines(tmp_path: Path) -> None:
+    """CDXJ as in Common Crawl's files, and the index server's JSON lines: the same rows, the same verdicts."""
+    place = {"digest": "X", "length": "1234", "offset": "567", "filename": "crawl-data/CC-MAIN-2026-01/x.warc.gz"}
+    lines = [
+        ({"url": "https://a.example/page", "mime": "text/html", "mime-detected": "text/html", "status": "200"}, None),
+        (
+            {"url": "https://a.example/x", "mime": "text/html", "mime-detected": "application/pdf", "status": "200"},
+            "mime",
+        ),
+        ({"url": "https://a.example/moved", "mime": "text/html", "status": "301"}, "status"),
+        ({"url": "https://a.example/gone", "mime": "text/html", "status": "404"}, "status"),
+        ({"url": "https://a.example/again", "mime": "warc/revisit", "status": "-"}, None),
+        ({"url": "https://a.example/{curly}", "mime": "application/xhtml+xml", "status": "200"}, None),
+        ({"url": "https://a.example/paper.pdf", "mime": "application/pdf", "status": "200"}, "mime"),
+    ]
+    rows = [json.dumps(value | place) for value, _ in lines]
+    cdxj = "".join(f"example,a)/{i} 20260117063422 {row}\n" for i, row in enumerate(rows))
+    files = {
+        "cdx-00000.gz": gzip.compress(cdxj.encode()),
+        "part.cdxj": cdxj.encode(),
+        "server.jsonl": "".join(f"{row}\n" for row in rows).encode(),
+    }
+    for name, content in files.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        counts = write_url_shards(path, tmp_path / f"out-{name}", 2, DEFAULT)
+        kept, verdicts = read_all(tmp_path / f"out-{name}", 2)
+        assert [v["reason"] for v in verdicts] == [reason and f"index_{reason}" for _, reason in lines]
+        assert [k["url"] for k in kept] == [v["url"] for v in verdicts if v["state"] == "kept"]
+        assert counts["rows"] == len(lines) == counts["kept"] + sum(counts["reasons"].values())
+    (verdict,) = [v for v in verdicts if v["url"].endswith("/x")]
+    assert verdict["detail"] == "application/pdf in the index"
