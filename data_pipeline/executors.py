@@ -1,5 +1,7 @@
 """Runs shard tasks on this machine's cores: `function(*arguments) → dict`, each in a worker process.
 
+`Executor` is what the pipeline needs of any engine; beyond one machine see `ray_executor`.
+
 Chosen: pebble's pool. A worker that is killed or runs out of memory costs one task, which is tried again in a new
 worker; `concurrent.futures` breaks as a whole there. Results do not depend on the number of workers: a task reads and
 writes only its own files. Workers watch their parent and die with it, so that `kill -9` leaves no orphan.
@@ -16,7 +18,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -26,7 +28,7 @@ TRIES = 3
 """A task whose worker dies is tried this often in all."""
 
 _END = b"end"
-_ticks: Connection | None = None
+_hear: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,27 @@ class Task:
     arguments: tuple[Any, ...] = field(default=())
 
 
+class Executor(Protocol):
+    """Lives for a whole run as a context manager."""
+
+    @property
+    def workers(self) -> int:
+        """Tasks that run at once."""
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        on_done: Callable[[Task, dict[str, Any]], None],
+        on_rows: Callable[[int], None] = ...,
+    ) -> None:
+        """Run all tasks; `on_done` and `on_rows` are called in this process. A task's exception is raised here."""
+
+    def __enter__(self) -> Executor: ...
+
+    def __exit__(self, kind: type[BaseException] | None, value: Any, traceback: Any, /) -> None: ...
+
+
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -45,8 +68,14 @@ def cores() -> int:
 
 def tick(rows: int) -> None:
     """Tell the parent, from within a task, that `rows` more rows are done."""
-    if _ticks is not None:
-        _ticks.send_bytes(b"%d" % rows)  # one write of less than PIPE_BUF bytes: atomic, and no lock to die with
+    if _hear is not None:
+        _hear(rows)
+
+
+def hear_ticks(hear: Callable[[int], None] | None) -> None:
+    """Where this process's ticks go from now on; an executor says so in its workers."""
+    global _hear
+    _hear = hear
 
 
 class LocalExecutor:
@@ -115,8 +144,8 @@ class LocalExecutor:
 
 
 def _start_worker(sender: Connection) -> None:
-    global _ticks
-    _ticks = sender
+    # One write of less than PIPE_BUF bytes: atomic, and no lock to die with.
+    hear_ticks(lambda rows: sender.send_bytes(b"%d" % rows))
     threading.Thread(target=_die_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 

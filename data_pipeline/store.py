@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -100,19 +101,28 @@ def remove_temporaries(folder: Path) -> None:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Own `folder` until the block ends; the kernel frees the lock of a dead process. Raises LockedError."""
-    path = folder / ".lock"
+def lock(folder: Path, name: str = ".lock", wait_s: float = 0.0) -> Iterator[None]:
+    """Own `folder` until the block ends; the kernel frees the lock of a dead process.
+
+    With another `name`, own a part of it. Raises LockedError when after `wait_s` seconds another process still has it.
+    """
+    path = folder / name
+    deadline = time.monotonic() + wait_s
     with storage_errors(path):
         folder.mkdir(parents=True, exist_ok=True)
         f = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held open for the whole run)
     try:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):  # the second is how a network file system may say it
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
             f.seek(0)
             owner = f.read().strip() or "another process"
-            raise LockedError(f"out={folder}: in use by {owner}; wait for it, or give another folder") from None
+            raise LockedError(f"out={folder}: in use by {owner}; wait for it, or give another folder")
         f.seek(0)
         f.truncate()
         f.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -17,12 +17,13 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, is_revisit, read_response
 from data_pipeline.records import KEPT
-from data_pipeline.store import storage_errors, write_atomic
+from data_pipeline.store import lock, storage_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
