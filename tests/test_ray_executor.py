@@ -1,0 +1,149 @@
+"""Shards on a Ray cluster of two nodes: results, errors, dead workers and nodes; the bytes of a local run.
+
+The cluster runs in a network namespace that has loopback alone: Ray listens on the machine's own address otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import CorpusConfig, Executor, RayConfig, check
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'gpt2train[ray]'")
+
+# A network that is loopback alone, and processes that all end with the first of them.
+NAMESPACES = ("unshare", "--net", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+WITH_OWN_NETWORK = (*NAMESPACES, "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+
+
+@cache
+def own_network_fails() -> str:
+    if not shutil.which("unshare") or not shutil.which("ip"):
+        return "unshare and ip are needed for a network of its own"
+    tried = subprocess.run([*WITH_OWN_NETWORK, "true"], capture_output=True, text=True, check=False)
+    return tried.stderr.strip()
+
+
+def play(scene: str, folder: Path, timeout_s: float) -> dict[str, Any]:
+    """What ray_cluster.py says of a scene."""
+    if why := own_network_fails():
+        pytest.skip(f"no network namespace here: {why}")
+    log = folder / "log"
+    work = folder / "work"
+    work.mkdir()
+    script = Path(__file__).with_name("ray_cluster.py")
+    with tempfile.TemporaryDirectory(prefix="ray") as sockets, open(log, "w", encoding="utf-8") as f:
+        # Not below `folder`: a socket's path may have 107 bytes. A home of its own: Ray would write tokens there.
+        environment = {**os.environ, "HOME": str(folder), "RAY_TMPDIR": sockets, "RAY_AUTH_MODE": "disabled"}
+        process = subprocess.run(
+            [*WITH_OWN_NETWORK, sys.executable, str(script), scene, str(work)],
+            stdout=f, stderr=subprocess.STDOUT, env=environment, timeout=timeout_s, check=False,
+        )  # fmt: skip
+    lines = log.read_text(encoding="utf-8").split("\n")
+    answers = [line for line in lines if line.startswith("SAID ")]
+    assert process.returncode == 0, "\n".join(lines[-60:])
+    assert len(answers) == 1, "\n".join(lines[-60:])
+    return json.loads(answers[0][5:])
+
+
+@pytest.mark.slow
+def test_tasks_survive_their_workers_and_nodes_and_errors_come_as_they_are(tmp_path: Path) -> None:
+    said = play("engine", tmp_path, 120)
+    assert said["workers"] == 3  # of one core each, on two nodes
+    assert said["squares"] == [n * n for n in range(12)]
+    assert said["rows"] == sum(range(12))
+    assert said["nodes"] == 2
+    assert said["config_error"]["type"][0] == "ConfigError"
+    assert said["config_error"]["faults"] == ["a=1: wrong", "b=2: wrong too"]
+    assert "KeyError" in said["bug"]["type"]
+    assert "in stumble" in said["bug"]["says"]  # with the traceback of the node
+    assert said["missing"]["type"][0] == "InputError"
+    assert "nothing; with executor=ray all inputs have to lie on storage" in said["missing"]["says"]
+    assert "bad: its worker died 3 times" in said["dies"]["says"]
+    assert said["tries"] == 3
+    assert said["held"] == ["h0", "h1", "h2", "h3"]
+    assert said["begun_on_the_dead_node"] == 2
+    assert said["on_the_dead_node"] == 0
+    assert said["too_much"]["type"][0] == "InputError"
+    assert "ray.cpus=3: no node of the cluster has as much" in said["too_much"]["says"]
+    assert said["no_cluster"]["type"][0] == "InputError"
+    assert "run `ray start --head` on one machine" in said["no_cluster"]["says"]
+    assert said["left"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+def test_a_cluster_that_lost_its_nodes_ends_the_run_within_the_time_limit(tmp_path: Path) -> None:
+    said = play("lost_nodes", tmp_path, 120)
+    assert "ray.cpus=2: for 1.5 s no living node of the cluster had as much" in said["says"]
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_the_same_bytes_as_locally_after_nodes_and_commands_were_killed(tmp_path: Path) -> None:
+    said = play("corpus", tmp_path, 800)
+    assert said["fetching_when_the_node_went"]
+    assert said["fetch"]["code"] == 0, said["fetch"]["says"]
+    assert said["most_often_asked"] <= 2  # what was under way when the node went, and nothing else
+    assert said["pages_asked_twice"] <= 4
+    assert said["working_when_the_node_died"]
+    assert said["kills"] == 8
+    for name in ("local", "node_killed", "command_killed"):
+        assert said[name]["code"] == 0, said[name]["says"]
+        assert said["trees"][name] == said["trees"]["local"], name
+    assert len(said["trees"]["local"]) > 20
+    assert said["left"] == []
+
+
+# ── a node that is not like the others ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_node_with_another_folder_or_other_versions_is_refused_by_name(tmp_path: Path) -> None:
+    from data_pipeline import ray_executor
+    from data_pipeline.executors import Task
+    from data_pipeline.records import InputError
+
+    def touch() -> dict[str, Any]:
+        (tmp_path / "touched").touch()
+        return {}
+
+    here = str(tmp_path)
+    task, environment = Task("t", touch), ray_executor.environment()
+    home = ray_executor._Home(tmp_path, ".ray-token", here, environment)
+    with pytest.raises(InputError, match="sees another folder there, or none"):
+        ray_executor._run_task(task, home, None)
+    (tmp_path / ".ray-token").touch()
+    other = ray_executor._Home(tmp_path, ".ray-token", here, {**environment, "pyarrow": "1.0"})
+    with pytest.raises(InputError, match=rf"has pyarrow {environment['pyarrow']} instead of 1\.0"):
+        ray_executor._run_task(task, other, None)
+    assert not (tmp_path / "touched").exists()
+    before = os.getcwd()
+    try:
+        assert ray_executor._run_task(task, home, None) == {}
+    finally:
+        os.chdir(before)
+    assert (tmp_path / "touched").exists()
+
+
+def test_settings_out_of_bounds_are_named() -> None:
+    def faults(**settings: Any) -> list[str]:
+        return check(CorpusConfig(urls="x", executor=Executor.ray, ray=RayConfig(**settings)))
+
+    assert faults() == []
+    assert faults(address="10.0.0.7:6379") == []
+    for name, value in {
+        "address": "ray://head:10001", "cpus": 0, "memory_mb": -1, "retries": -1, "node_timeout_s": 0
+    }.items():  # fmt: skip
+        assert [f.split("=")[0] for f in faults(**{name: value})] == [f"ray.{name}"]
