@@ -217,7 +217,7 @@ def blank_responses(corpus: Corpus, documents: pa.Table) -> tuple[int, int]:
     blanked = left = 0
     for file, offset in zip(documents["warc_file"].to_pylist(), documents["warc_offset"].to_pylist(), strict=True):
         path = corpus.out / (file or "")
-        if not file or os.path.isabs(file) or not path.exists():
+        if not file or not path.is_file() or not path.resolve().is_relative_to(corpus.out.resolve()):
             left += 1
             continue
         with open(path, "r+b") as archive:
