@@ -258,8 +258,8 @@ def corpus(folder: Path) -> dict[str, Any]:
         both.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
         out = copy_archive(fetched, folder / "command_killed")
         rng = random.Random(11)
-        kills = 0
-        while kills < 8:
+        said["finished_steps_at_kills"] = []
+        while len(said["finished_steps_at_kills"]) < 8:
             command = start(overrides(out), *on_ray)
             try:
                 command.communicate(timeout=rng.uniform(3.0, 12.0))
@@ -268,8 +268,7 @@ def corpus(folder: Path) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 command.kill()
                 command.communicate()
-                kills += 1
-        said["kills"] = kills
+                said["finished_steps_at_kills"].append(len(list(out.rglob("*.done.json"))))
         said["command_killed"] = finish(start(overrides(out), *on_ray))
     server.shutdown()
     said["trees"] = {name: tree(folder / name, *RESULT) for name in ("local", "node_killed", "command_killed")}

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ def test_the_same_bytes_as_locally_after_nodes_and_commands_were_killed(tmp_path
     assert said["most_often_asked"] <= 2  # what was under way when the node went, and nothing else
     assert said["pages_asked_twice"] <= 4
     assert said["working_when_the_node_died"]
-    assert said["kills"] == 8
+    assert len(said["finished_steps_at_kills"]) == 8
+    assert len(set(said["finished_steps_at_kills"])) > 3  # at different moments of the run
     for name in ("local", "node_killed", "command_killed"):
         assert said[name]["code"] == 0, said[name]["says"]
         assert said["trees"][name] == said["trees"]["local"], name
@@ -135,6 +137,35 @@ def test_a_node_with_another_folder_or_other_versions_is_refused_by_name(tmp_pat
     finally:
         os.chdir(before)
     assert (tmp_path / "touched").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from data_pipeline.store import lock
+with lock(Path(sys.argv[1]), ".00000.lock"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_shard_that_another_process_fetches_is_waited_for_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline.crawl import fetch_journal
+    from data_pipeline.records import LockedError
+
+    monkeypatch.setattr(fetch_journal, "LOCK_WAIT_S", 0.3)
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(LockedError, match=f"in use by process {other.pid} on "):
+            fetch_journal.ShardLog(tmp_path, 0, tmp_path, 1 << 20)
+        assert not list(tmp_path.glob("*.journal.jsonl"))  # nothing was opened, let alone cut
+        fetch_journal.ShardLog(tmp_path, 1, tmp_path, 1 << 20).close()
+        threading.Timer(0.5, other.kill).start()
+        monkeypatch.setattr(fetch_journal, "LOCK_WAIT_S", 30.0)
+        fetch_journal.ShardLog(tmp_path, 0, tmp_path, 1 << 20).close()
 
 
 def test_settings_out_of_bounds_are_named() -> None:
