@@ -112,7 +112,7 @@ class FetchConfig:
     robots: bool = True
     """Obey robots.txt (RFC 9309). Off only for sites you own."""
     respect_noai: bool = True
-    """Drop pages whose X-Robots-Tag or <meta name=robots> says noindex, noai or none."""
+    """Drop pages whose X-Robots-Tag or <meta name=robots> says noindex, noai or none, or whose tdm-reservation is 1."""
     max_warc_bytes: int = 1_000_000_000
     """A WARC file is closed and the next begun beyond this many bytes."""
     tail_budget_s: float = 0.0

@@ -117,6 +117,7 @@ def test_what_is_no_page_is_dropped_or_failed_with_its_reason(tmp_path: Path, si
         "/nowhere": (response(b"", "302 Found"), ("failed", "http_status")),
         "/header-noindex": (response(X_Robots_Tag="noindex, nofollow"), ("dropped", "noindex")),
         "/header-ours": (response(X_Robots_Tag="gpttrain: noai"), ("dropped", "noindex")),
+        "/header-tdm": (response(TDM_Reservation="1"), ("dropped", "noindex")),
         "/meta": (response(b"<html><meta content='NOAI' name=robots><p>x"), ("dropped", "noindex")),
         "/unknown-coding": (response(Content_Encoding="sdch"), ("failed", "bad_encoding")),
         "/not-gzip": (response(Content_Encoding="gzip"), ("failed", "bad_encoding")),

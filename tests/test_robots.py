@@ -298,7 +298,14 @@ def test_nothing_raises(body: bytes, url: str) -> None:
     ],
 )
 def test_x_robots_tag(values: list[str], refused: bool) -> None:
-    assert (refusal_in_headers(values, "gpttrain") is not None) is refused
+    fields = {"x-robots-tag": values}
+    assert (refusal_in_headers(lambda name: fields.get(name, []), "gpttrain") is not None) is refused
+
+
+@pytest.mark.parametrize(("value", "refused"), [("1", True), (" 1 ", True), ("0", False), ("", False), ("yes", False)])
+def test_tdm_reservation_as_a_header(value: str, refused: bool) -> None:
+    fields = {"tdm-reservation": [value]}
+    assert (refusal_in_headers(lambda name: fields.get(name, []), "gpttrain") is not None) is refused
 
 
 @pytest.mark.parametrize(
@@ -314,6 +321,10 @@ def test_x_robots_tag(values: list[str], refused: bool) -> None:
         ("<script>'<meta name=robots content=noindex>'</script>", False),
         ("<script>x</script><meta name=robots content=noindex>", True),
         ("<p>noindex <meta name=author content=x>", False),
+        ("<meta name='tdm-reservation' content='1'>", True),
+        ("<meta content=1 name=TDM-Reservation>", True),
+        ("<meta name='tdm-reservation' content='0'>", False),
+        ("<meta name='tdm-policy' content='1'><p>tdm-reservation", False),
     ],
 )
 def test_meta_robots(html: str, refused: bool) -> None:

@@ -49,10 +49,10 @@ def page_body(reply: Reply, config: FetchConfig) -> bytes:
 
 
 def header_refusal(head: Reply, config: FetchConfig) -> str | None:
-    """The X-Robots-Tag that keeps a page out, if `config` heeds it."""
+    """The header that keeps a page out, if `config` heeds it."""
     if not config.respect_noai:
         return None
-    return refusal_in_headers(head.header_values("x-robots-tag"), config.user_agent)
+    return refusal_in_headers(head.header_values, config.user_agent)
 
 
 def redirect_target(reply: Reply) -> str:

@@ -82,9 +82,8 @@ class Rescue:
             detail = f"{failed.detail}; the copy in {place.name} at {archived['warc_offset']} is damaged: {e}"
             return Verdict(failed.index, failed.url, failed.state, failed.reason, detail, failed.numbers)
         if self.config.respect_noai:
-            tags = response.header_values("x-robots-tag")
             agent = self.config.user_agent
-            refusal = refusal_in_headers(tags, agent) or refusal_in_html(response.body, agent)
+            refusal = refusal_in_headers(response.header_values, agent) or refusal_in_html(response.body, agent)
             if refusal:
                 detail = f"{why}; its copy in {place.name} says {refusal}"
                 return Verdict(failed.index, failed.url, DROPPED, "noindex", detail, failed.numbers)

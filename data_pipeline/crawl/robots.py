@@ -10,7 +10,7 @@ misspellings of "disallow" count, since it is plain what their authors mean). On
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 MAX_ROBOTS_BYTES = 500 * 1024
@@ -220,6 +220,9 @@ def _canonical(raw: bytes) -> bytes:
 
 _REFUSING = frozenset(("noindex", "none", "noai"))
 """`none` is noindex and nofollow; `noai` is what artists' sites write against use as training data."""
+TDM_RESERVATION = "tdm-reservation"
+"""TDM Reservation Protocol (W3C community group, TDMRep 1.0, sections 3.2 and 3.3): 1, as a response header or as the
+content of a `<meta>` of that name, keeps the right to text and data mining."""
 _VALUED = frozenset(("max-snippet", "max-image-preview", "max-video-preview"))
 _DATED = re.compile(r"unavailable_after\s*:[^,]*(?:,\s*\d[^,]*)?", re.IGNORECASE)  # RFC 850 dates hold a comma
 # Neither may run over the next tag: a page of a hundred thousand `<meta` must cost no more than its length.
@@ -234,9 +237,12 @@ _HEAD_BYTES = 256 << 10
 """`<meta name=robots>` stands in the head; no more than this is searched."""
 
 
-def refusal_in_headers(values: list[str], agent: str) -> str | None:
-    """The X-Robots-Tag word that keeps a page out of a corpus, if any; words for other agents do not count."""
-    for value in values:
+def refusal_in_headers(values: Callable[[str], list[str]], agent: str) -> str | None:
+    """The X-Robots-Tag or TDM-Reservation that keeps a page out of a corpus, if any; words for other agents do not
+    count. `values`: the header fields of a name (in small letters)."""
+    if any(value.strip() == "1" for value in values(TDM_RESERVATION)):
+        return "TDM-Reservation: 1"
+    for value in values("x-robots-tag"):
         scope = ""
         for item in _DATED.sub("", value).split(","):
             name, colon, rest = item.partition(":")
@@ -250,20 +256,20 @@ def refusal_in_headers(values: list[str], agent: str) -> str | None:
 
 
 def refusal_in_html(body: bytes, agent: str) -> str | None:
-    """The `<meta name=robots>` (or name=`agent`) that keeps a page out of a corpus, if any."""
+    """The `<meta>` named robots, `agent` or tdm-reservation that keeps a page out of a corpus, if any."""
     head = body[:_HEAD_BYTES]
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         head = head.decode("utf-16", "replace").encode()
     lowered = head.lower()
-    if b"<meta" not in lowered or not any(word.encode() in lowered for word in _REFUSING):
+    if b"<meta" not in lowered or not any(word.encode() in lowered for word in (*_REFUSING, TDM_RESERVATION)):
         return None
     for match in _META.finditer(_HIDDEN.sub(b"", head)):
         attributes = {
             m.group(1).lower(): (m.group(2) or m.group(3) or m.group(4) or b"").decode("latin-1").strip().lower()
             for m in _ATTRIBUTE.finditer(match.group(1))
         }
-        if attributes.get(b"name") in ("robots", agent.lower()):
-            words = {w.strip() for w in attributes.get(b"content", "").split(",")}
-            if words & _REFUSING:
-                return f"<meta name={attributes[b'name']} content={attributes[b'content'][:200]}>"
+        name, content = attributes.get(b"name"), attributes.get(b"content", "")
+        refused = name in ("robots", agent.lower()) and not _REFUSING.isdisjoint(w.strip() for w in content.split(","))
+        if refused or (name == TDM_RESERVATION and content == "1"):
+            return f"<meta name={name} content={content[:200]}>"
     return None
