@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from enum import Enum
@@ -52,6 +53,8 @@ from data_pipeline.store import (
 
 ROWS_PER_SHARD = 5_000
 LEAST_SHARDS = 8
+LEAST_PART_ROWS = 64
+"""Pages that are worth a process of their own: it takes a second to start."""
 
 # Stages whose verdicts a row meets on its way, by where it enters.
 LEDGER_STAGES = {
@@ -318,12 +321,25 @@ class Run:
         self._require("extract", [self.corpus.table("fetch", k) for k in range(self.shards)], "fetch")
         forgotten, settings = self._forgotten(), plain(self.config.extract)
         outputs = [(self.corpus.table("extract", k), self.corpus.verdicts("extract", k)) for k in range(self.shards)]
+        steps = [
+            Step(
+                "extract",
+                f"{k:05d}",
+                self.corpus.folder("extract"),
+                {**settings, **forgotten.get(k, {})},
+                (self.corpus.table("fetch", k),),
+                outputs[k],
+            )
+            for k in range(self.shards)
+        ]
+        lighter = {k for k in forgotten if stands_but_for(steps[k], "forgotten", self.hashes)}
+        parts = self._extract_parts([step for k, step in enumerate(steps) if k not in lighter])
 
         def task(k: int) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
-            folder, pages = self.corpus.folder("extract"), (self.corpus.table("fetch", k),)
-            step = Step("extract", f"{k:05d}", folder, {**settings, **forgotten.get(k, {})}, pages, outputs[k])
-            if forgotten.get(k) and stands_but_for(step, "forgotten", self.hashes):
+            if k in lighter:
                 return tasks.forget_pages, (self.out, k)
+            if k in parts:
+                return tasks.join_extracted, (self.out, k, parts[k])
             return tasks.extract_pages, (self.out, k, self.config.extract)
 
         self._by_shard(
@@ -333,8 +349,44 @@ class Run:
             inputs=lambda k: (self.corpus.table("fetch", k),),
             outputs=lambda k: outputs[k],
             task=task,
-            rows=lambda k: _rows(self.corpus.table("fetch", k)),
+            rows=lambda k: 0 if k in parts else _rows(self.corpus.table("fetch", k)),
         )
+        shutil.rmtree(self.corpus.folder("extract_parts"), ignore_errors=True)
+
+    def _extract_parts(self, steps: Sequence[Step]) -> dict[int, list[tuple[Path, Path]]]:
+        """Extract shards that are much larger than the others in parts, so that all workers share a large domain.
+
+        Returns for each such shard its parts' files, which stand until the shard is joined.
+        """
+        folder = self.corpus.folder("extract_parts")
+        rows = [_rows(self.corpus.table("fetch", k)) for k in range(self.shards)]
+        most = min(max(sum(rows) // LEAST_SHARDS, LEAST_PART_ROWS), ROWS_PER_SHARD)
+        parts: dict[int, list[tuple[Path, Path]]] = {}
+        work: list[Step] = []
+        place: dict[str, tuple[int, int]] = {}
+        for step in steps:
+            k = int(step.name)
+            if rows[k] <= most or why_not_done(step, self.hashes) is None:
+                continue
+            parts[k] = []
+            for start in range(0, rows[k], most):
+                name = f"{k:05d}_{start:09d}"
+                files = (folder / f"{name}.parquet", folder / f"{name}.verdicts.parquet")
+                settings = {**step.settings, "start": start, "rows": most}
+                work.append(Step("extract_parts", name, folder, settings, step.inputs, files))
+                place[name] = (k, start)
+                parts[k].append(files)
+
+        def make(step: Step) -> Task:
+            k, start = place[step.name]
+            arguments = (self.out, k, self.config.extract, start, most, step.outputs)
+            return Task(f"extract {step.name}", tasks.extract_rows, arguments)
+
+        if work:
+            self._run(
+                "extract", work, make, rows=lambda step: min(most, rows[place[step.name][0]] - place[step.name][1])
+            )
+        return parts
 
     def _forgotten(self) -> dict[int, dict[str, str]]:
         """For each shard with rows that were taken down, what to tell them by."""
@@ -522,6 +574,8 @@ class Run:
             summary["documents"] = sum(_rows(self.corpus.table("documents", k)) for k in range(self.shards))
         if self.config.dedup.plant and self.corpus.planting.exists():
             summary["planted"] = json.loads(self.corpus.planting.read_text(encoding="utf-8"))
+        if finished and self.config.report.domains:
+            summary["domains_beside"] = report.compare_domains(self.corpus, self.config.report.domains)
         if self.corpus.contamination.exists():
             summary["contamination"] = json.loads(self.corpus.contamination.read_text(encoding="utf-8"))
         manifest = self.corpus.tokens / "manifest.json"

@@ -1,4 +1,7 @@
-"""summary.json and the documents → what a person reads: a table of the funnel, and one self-contained HTML file."""
+"""summary.json, ledger and documents → what a person reads: tables on the terminal, and one self-contained HTML file.
+
+The file holds no script and loads nothing: it opens from a disk, in a mail, behind any firewall. One pass over the
+ledger, one over the documents; in memory stay counts and a few samples."""
 
 from __future__ import annotations
 
@@ -9,15 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.layout import Corpus
-from data_pipeline.records import InputError
+from data_pipeline.lists import read_list
+from data_pipeline.records import KEPT, InputError
 from data_pipeline.store import write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SAMPLES = 6
 SAMPLE_CHARACTERS = 1_200
+REASON_SAMPLES = 3
+CLUSTERS = 8
+CLUSTER_SAMPLES = 4
 TOP_DOMAINS = 25
 LENGTH_BINS = (0, 500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_000)
 """Characters of a document; the last bin is open."""
@@ -86,14 +95,101 @@ def write_corpus_report(corpus: Corpus) -> Path:
         summary=summary,
         stages=summary["stages"],
         widest=max((row["in"] for row in summary["stages"]), default=1) or 1,
+        reasons=_reason_samples(corpus),
+        clusters=_clusters(corpus),
         domains=_bars(domains.most_common(TOP_DOMAINS)),
         languages=_bars(languages.most_common(10)),
         lengths=_bars([(f"≥ {LENGTH_BINS[i]:,}", lengths[i]) for i in sorted(lengths)]),
-        samples=[{**s, "text": s["text"][:SAMPLE_CHARACTERS]} for s in samples],
+        samples=[_sample(row) for row in samples],
     )
     with write_atomic(corpus.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return corpus.report
+
+
+def compare_domains(corpus: Corpus, path: str) -> dict[str, Any]:
+    """The corpus's domains beside a list, one a line, most frequent first, with or without a count before it.
+
+    An entry without a dot (OpenAI's list: "nytimes") stands for a registrable domain's first label.
+    Returns {"listed", "found", "documents", "share", "top": [{"domain", "rank", "documents"}]}: how many of the list's
+    entries the corpus has, how many of its documents are theirs, and that as a share of all.
+    """
+    entries = [line.split()[-1].lower() for line in read_list(path, "report.domains")]
+    rank = {entry: place for place, entry in reversed(list(enumerate(entries, 1)))}
+    found: Counter[str] = Counter()
+    total = 0
+    for file in sorted(corpus.folder("documents").glob("[0-9]*.parquet")):
+        for domain in pq.read_table(file, columns=["domain"])["domain"].to_pylist():
+            total += 1
+            name = (domain or "").lower()
+            entry = name if name in rank else name.split(".")[0]
+            if entry in rank:
+                found[entry] += 1
+    return {
+        "listed": len(rank),
+        "found": len(found),
+        "documents": found.total(),
+        "share": round(found.total() / max(total, 1), 6),
+        "top": [{"domain": entry, "rank": rank[entry], "documents": n} for entry, n in found.most_common(TOP_DOMAINS)],
+    }
+
+
+def _reason_samples(corpus: Corpus) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """(stage, "state:reason") → some rows that ended so, from all over the ledger."""
+    # One a shard first, so that a single site at the list's head does not speak for all; then any.
+    spread: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    more: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(corpus.folder("ledger").glob("[0-9]*.parquet")):
+        seen: set[tuple[str, str]] = set()
+        for row in pq.read_table(file, columns=["url", "state", "reason", "detail", "stage"]).to_pylist():
+            if row["state"] == KEPT:
+                continue
+            key = (row["stage"], f"{row['state']}:{row['reason']}")
+            rows = (more if key in seen else spread).setdefault(key, [])
+            seen.add(key)
+            if len(rows) < REASON_SAMPLES:
+                rows.append(row)
+    return {key: [*rows, *more.get(key, [])][:REASON_SAMPLES] for key, rows in spread.items()}
+
+
+def _clusters(corpus: Corpus) -> dict[str, Any]:
+    """How many clusters of duplicates there are by size, and the largest: who stays, and some of who goes."""
+    if not corpus.duplicates.exists():
+        return {"sizes": [], "largest": []}
+    table = pq.read_table(corpus.duplicates, columns=["index", "twin", "twin_url", "kind", "cluster_size"])
+    # The rows of one cluster share their twin.
+    size = dict(zip(table["twin"].to_pylist(), table["cluster_size"].to_pylist(), strict=True))
+    largest = sorted(size, key=lambda twin: (-size[twin], twin))[:CLUSTERS]
+    rows = table.filter(pc.is_in(table["twin"], value_set=pa.array(largest, pa.int64()))).to_pylist()
+    members: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        members.setdefault(row["twin"], []).append(row)
+    wanted = {row["index"] for group in members.values() for row in group[:CLUSTER_SAMPLES]}
+    url_of: dict[int, str] = {}
+    for file in sorted(corpus.folder("dedup").glob("[0-9]*.signatures.parquet")) if wanted else []:
+        signed = pq.read_table(file, columns=["index", "url"])
+        signed = signed.filter(pc.is_in(signed["index"], value_set=pa.array(list(wanted), pa.int64())))
+        url_of.update(zip(signed["index"].to_pylist(), signed["url"].to_pylist(), strict=True))
+    return {
+        "sizes": _bars([(f"{n:,} documents", count) for n, count in sorted(Counter(size.values()).items())][:12]),
+        "largest": [
+            {
+                "size": size[twin],
+                "stays": members[twin][0]["twin_url"],
+                "goes": [(row["kind"], url_of.get(row["index"], "")) for row in members[twin][:CLUSTER_SAMPLES]],
+            }
+            for twin in largest
+        ],
+    }
+
+
+def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A document for the report: its text's beginning, and the numbers behind it as short text."""
+    numbers = json.loads(row["numbers"] or "{}")
+    shown = [
+        f"{name} {value:,}" if isinstance(value, int | float) else f"{name} {value}" for name, value in numbers.items()
+    ]
+    return {**row, "text": row["text"][:SAMPLE_CHARACTERS], "characters": len(row["text"]), "shown": shown}
 
 
 def _bars(rows: list[tuple[str, int]]) -> list[tuple[str, int, float]]:

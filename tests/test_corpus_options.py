@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import lxml.html
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,6 +46,7 @@ from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import ConfigError, InputError
+from data_pipeline.report import compare_domains, measure_lines
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.cli import main
@@ -144,6 +147,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[CorpusConfig, Path]
     items.append({"url": "https://copy.test/1", "text": PROSE[1].upper()})
     items.append({"url": "https://people.test/1", "text": f"{PROSE[5][:1400]}\n\n{PERSONAL}"})
     items.append({"url": "https://german.test/", "text": GERMAN})
+    hostile = {"url": "javascript:alert(1)//<script>", "title": "</pre><script>document.title='owned'</script>"}
+    items.insert(0, {**hostile, "text": f"<img src=x onerror=alert(1)> {PROSE[39]}", "domain": "evil.test"})
     items.append({"url": "https://short.test/", "text": "The sun was warm and the sky was blue over the hills. " * 3})
     (folder / "item.txt").write_text(ITEM)
     config = settings(
@@ -299,14 +304,8 @@ def test_evaluation_items_are_cut_out_and_counted(built: tuple[CorpusConfig, Pat
     table = json.loads((out / "summary.json").read_text())["contamination"]
     assert table[0]["name"] == "item"
     assert table[0]["found"] < table[0]["ngrams"], "the item's own 8-grams are no more in the corpus"
-    assert "evaluation set" in (from_report := "\n".join(_measure_lines(out)))
+    assert "evaluation set" in (from_report := "\n".join(measure_lines(json.loads((out / "summary.json").read_text()))))
     assert "recall" in from_report
-
-
-def _measure_lines(out: Path) -> list[str]:
-    from data_pipeline.report import measure_lines
-
-    return measure_lines(json.loads((out / "summary.json").read_text()))
 
 
 # ── lists by file ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -431,6 +430,66 @@ def test_planted_duplicates_tell_a_good_join_from_a_bad_one(built: tuple[CorpusC
     assert strict["recall"] < 0.3
     assert loose["recall"] == 1.0
     assert loose["precision"] < 0.7
+
+
+# ── the report ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_report_in_a_browser(built: tuple[CorpusConfig, Path], tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine; Debian's package is called chromium")
+    result = subprocess.run(
+        [
+            *(browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (built[1] / "report.html").as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    dom = lxml.html.fromstring(result.stdout)
+    assert dom.findtext(".//title") == "Corpus report"
+    # What pages say is text: no script ran or stands there, no link leads anywhere but to http(s).
+    assert not dom.xpath("//script | //img | //iframe | //link | //*[@src]")
+    links = {a.get("href") for a in dom.xpath("//a")}
+    assert links
+    assert all(link.startswith(("http://", "https://")) for link in links)
+    assert "</pre><script>" in dom.xpath("string(//div[@class='pair']//b)")
+    # Every reason of the funnel unfolds to rows that ended so.
+    found = ledger(built[1])
+    summary = json.loads((built[1] / "summary.json").read_text())
+    reasons = {
+        d.xpath("string(summary)"): d.xpath(".//div[@class='sample']//a/@href") for d in dom.xpath("//td/details")
+    }
+    assert set(reasons) == {reason for stage in summary["stages"] for reason in stage["reasons"]}
+    for reason, urls in reasons.items():
+        assert urls
+        assert {f"{found[u]['state']}:{found[u]['reason']}" for u in urls} == {reason}
+    clusters = dom.xpath("//h2[.='Duplicates']/following-sibling::div[1]//details")
+    assert {c.xpath("string(.//div/a)") for c in clusters} == {
+        u for u, r in found.items() if r["stage"] == "dedup" and r["state"] == "dropped"
+    }
+    # Each text stands beside its page's title and URL.
+    by_url = documents(built[1])
+    for pair in dom.xpath("//div[@class='pair']"):
+        address = pair.xpath("string(div/a)") or "javascript:alert(1)//<script>"
+        assert str(by_url[address]["text"]).startswith(pair.xpath("string(pre)").strip()[:400])
+
+
+def test_domains_beside_a_list(crawl: CorpusConfig, tmp_path: Path) -> None:
+    path = tmp_path / "domains.txt"
+    path.write_text("900 google\n500 bad\n400 site3\n 300 site4.test\n")
+    beside = compare_domains(Corpus(Path(crawl.out)), str(path))
+    assert sorted(beside.pop("top"), key=lambda row: row["rank"]) == [
+        {"domain": "bad", "rank": 2, "documents": 1},  # www.bad.test is a name of its own: test is no public suffix
+        {"domain": "site3", "rank": 3, "documents": 1},
+        {"domain": "site4.test", "rank": 4, "documents": 1},
+    ]
+    kept = len(documents(Path(crawl.out)))
+    assert beside == {"listed": 4, "found": 3, "documents": 3, "share": round(3 / kept, 6)}
 
 
 # ── take-down ───────────────────────────────────────────────────────────────────────────────────────────────────────
