@@ -11,8 +11,11 @@ The rooms, in the order a run meets them:
     distributed the run's processes: how they agree, and how a run ends when one does not answer
     engine      the one place that makes DeepSpeed's dictionary and starts it
     checkpoint  safetensors by parameter name: written beside, verified, published by a rename
-    metrics     metrics.jsonl, the terminal line, Weights & Biases
-    claim       owning a run folder: its lock, its identity, what it refuses
+    saving      checkpoints beside the training, one at a time, in a thread
+    metrics     metrics.jsonl, the terminal line, Weights & Biases, TensorBoard
+    faults      steps not to be trusted: skip, rewind or stop
+    observe     norms by layer, a sample text, a profile of some steps
+    claim       owning and opening a run folder: its lock, its identity, what it refuses
     train       the loop
     evaluate    validation loss, perplexity of texts
     generate    sampling

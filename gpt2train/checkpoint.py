@@ -11,6 +11,9 @@ what was written. Any number of ranks may read what another number wrote, as par
 is pickled, so nothing can be executed. A manifest carries its own hash and its step, so a folder that was renamed, a
 file of another step and a changed manifest are all found.
 
+Saving has two halves: `capture` copies this rank's share into the machine's memory, `write` does the rest and needs
+neither the model nor the device, so a thread may do it while training goes on (saving.py).
+
 All ranks write to one filesystem. A kill at any moment leaves the last published checkpoint and at most a folder whose
 name starts with a dot, which the next save removes.
 """
@@ -24,6 +27,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +38,7 @@ from torch import Tensor
 
 from gpt2train.config import CheckpointError
 from gpt2train.distributed import World, all_rows, on_rank_zero
-from gpt2train.run_folder import CHECKPOINTS, checkpoint_folders
+from gpt2train.run_folder import CHECKPOINTS, checkpoint_folders, read_json
 
 FORMAT, VERSION = "gpt2train checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -51,35 +55,73 @@ def folder_name(step: int) -> str:
 # ---------------------------------------------------------------------------------------------------------- writing
 
 
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when a newer one is published: those that any of the three rules names."""
+
+    last: int = 0
+    """The newest ones; 0: all."""
+    every_steps: int = 0
+    """Those of steps that are multiples of this; 0: none."""
+    best: bool = False
+    """The one whose state.json has the lowest `validation_loss`."""
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one rank has to write of a checkpoint: copies, fp32, in the machine's memory."""
+
+    parameters: dict[str, dict[str, Any]]
+    """Every parameter's part (the rank that writes it) and shape."""
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+def capture(tensors: Iterable[tuple[str, Tensor, Tensor, Tensor]], world: World = _ALONE) -> Captured:
+    """Copies this rank's share of (name, weight, exp_avg, exp_avg_sq); all ranks run through the same ones together."""
+    captured = Captured({}, {}, {})
+    for number, (name, weight, exp_avg, exp_avg_sq) in enumerate(tensors):
+        part = number % world.size
+        captured.parameters[name] = {"part": part, "shape": list(weight.shape)}
+        if part == world.rank:
+            captured.weights[name] = _copy(weight)
+            captured.moments[f"exp_avg/{name}"] = _copy(exp_avg)
+            captured.moments[f"exp_avg_sq/{name}"] = _copy(exp_avg_sq)
+    return captured
+
+
+def write(
+    run_dir: Path,
+    step: int,
+    captured: Captured,
+    state: Mapping[str, Any],
+    *,
+    world: World = _ALONE,
+    keep: Keep = Keep(),  # noqa: B008 (frozen)
+) -> Path:
+    """Writes and publishes the checkpoint of `step`, then removes older ones that `keep` does not name.
+
+    All ranks come here together. Raises CheckpointError on every rank when one of them cannot write; checkpoints
+    published before stay as they are.
+    """
+    folder = run_dir / CHECKPOINTS
+    beside, place = folder / f".{folder_name(step)}.tmp", folder / folder_name(step)
+    on_rank_zero(world, lambda: _begin(folder, beside))
+    files = _write_parts(beside, world, {"weights": captured.weights, "moments": captured.moments})
+    on_rank_zero(world, lambda: _publish(beside, place, step, files, captured.parameters, state, keep))
+    return place
+
+
 def save(
     run_dir: Path,
     step: int,
     tensors: Iterable[tuple[str, Tensor, Tensor, Tensor]],
     state: Mapping[str, Any],
     *,
-    world: World = _ALONE,
-    keep_last: int = 0,
+    keep: Keep = Keep(),  # noqa: B008 (frozen)
 ) -> Path:
-    """Writes and publishes the checkpoint of `step`, then removes all but the newest `keep_last` (0: keeps all).
-
-    `tensors` gives (name, weight, exp_avg, exp_avg_sq), the same on all ranks, which come here together. Raises
-    CheckpointError on every rank when one of them cannot write; checkpoints published before stay as they are.
-    """
-    folder = run_dir / CHECKPOINTS
-    beside = folder / f".{folder_name(step)}.tmp"
-    on_rank_zero(world, lambda: _begin(folder, beside))
-    parameters: dict[str, dict[str, Any]] = {}
-    weights: dict[str, Tensor] = {}
-    moments: dict[str, Tensor] = {}
-    for number, (name, weight, exp_avg, exp_avg_sq) in enumerate(tensors):
-        part = number % world.size
-        parameters[name] = {"part": part, "shape": list(weight.shape)}
-        if part == world.rank:
-            weights[name] = _copy(weight)
-            moments[f"exp_avg/{name}"], moments[f"exp_avg_sq/{name}"] = _copy(exp_avg), _copy(exp_avg_sq)
-    files = _write_parts(beside, world, {"weights": weights, "moments": moments})
-    on_rank_zero(world, lambda: _publish(beside, folder / folder_name(step), step, files, parameters, state, keep_last))
-    return folder / folder_name(step)
+    """`capture` and `write` in one, by one process."""
+    return write(run_dir, step, capture(tensors), state, keep=keep)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -141,7 +183,7 @@ def _publish(
     files: dict[str, dict[str, Any]],
     parameters: dict[str, dict[str, Any]],
     state: Mapping[str, Any],
-    keep_last: int,
+    keep: Keep,
 ) -> int:
     content = _json_bytes(dict(state))
     files = files | {STATE: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}}
@@ -161,20 +203,30 @@ def _publish(
             os.rename(place, place.with_name(f".{place.name}.torn"))
         os.rename(beside, place)
         _sync_folder(place.parent)
-        if keep_last:
-            _prune(place, keep_last)
+        if keep.last:
+            _prune(place, keep)
     except OSError as error:
         raise _cannot_write(place, error) from error
     return 0
 
 
-def _prune(newest: Path, keep_last: int) -> None:
-    """Removes older checkpoints than the `keep_last` newest up to `newest`; renamed first, so none is half there."""
+def _prune(newest: Path, keep: Keep) -> None:
+    """Removes checkpoints before `newest` that `keep` does not name; renamed first, so none is half there."""
     older = [path for path in checkpoint_folders(newest.parent.parent) if path.name < newest.name]
-    for path in older[: max(len(older) - (keep_last - 1), 0)]:
+    losses = {path: loss for path in (*older, newest) if (loss := _validation_loss(path)) is not None}
+    best = min(losses, key=lambda path: losses[path], default=None) if keep.best else None
+    for path in older[: max(len(older) - (keep.last - 1), 0)]:
+        if path == best or (keep.every_steps and int(path.name[5:]) % keep.every_steps == 0):
+            continue
         aside = path.with_name(f".{path.name}.pruned")
         os.rename(path, aside)
         shutil.rmtree(aside)
+
+
+def _validation_loss(checkpoint: Path) -> float | None:
+    """What the run measured at this checkpoint's step; None where it did not, or where the file is no longer whole."""
+    loss = read_json(checkpoint / STATE).get("validation_loss")
+    return float(loss) if isinstance(loss, (int, float)) else None
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -211,14 +263,17 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def newest_whole(run_dir: Path) -> Path | None:
+def newest_whole(run_dir: Path, *, multiples_of: int = 1) -> Path | None:
     """The newest checkpoint that is whole, after reading every byte of it; None where there has never been one.
 
-    A line is logged for each newer one that is passed over. Raises CheckpointError when there are checkpoints and none
-    is whole: starting from nothing then is for the user to say.
+    Only those of steps that are `multiples_of` a number count. A line is logged for each newer one that is passed over.
+    Raises CheckpointError when there are checkpoints and none is whole: starting from nothing then is for the user to
+    say.
     """
     torn = []
     for folder in reversed(checkpoint_folders(run_dir)):
+        if int(folder.name[5:]) % multiples_of:
+            continue
         defects = _defects(folder)
         if not defects:
             return folder

@@ -1,41 +1,72 @@
 """Owning a run folder: what it holds, whether these settings may go on with it, and that nobody else does.
 
-Flows in: the settings and the identity of the run that they describe. Flows out: a lock that ends with the process, and
-run.json, which keeps the run's id, its identity and the last checkpoint published. A run's identity is what fixes its
-weights' shapes and the order of its data; with another one the same curve cannot go on, and the folder is refused.
+Flows in: the settings and the identity of the run that they describe. Flows out: a `Run`, the same on all ranks, with
+verified data and the newest whole checkpoint; a lock that ends with the process; config.yaml and versions.json, what it
+runs with; and run.json, which keeps the run's id, its identity and the last checkpoint published. A run's identity is
+what fixes its weights' shapes and the order of its data; with another one the same curve cannot go on, and the folder
+is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import secrets
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from omegaconf import OmegaConf
+
+from data_pipeline.token_shards import TokenShards
+from gpt2train import checkpoint
 from gpt2train.config import CheckpointError, ConfigError, RunExistsError, TrainConfig
+from gpt2train.data import TokenWindows
+from gpt2train.distributed import World, on_rank_zero
 from gpt2train.run_folder import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
     METRICS,
+    PROFILE,
     REPORT,
+    TENSORBOARD,
     VERSIONS,
     checkpoint_folders,
     read_json,
+    read_run_config,
     replace_file,
 )
 
+PACKAGES = ("gpt2train", "torch", "deepspeed", "numpy", "safetensors", "hydra-core", "wandb", "tiktoken")
 RUN, LOCK, LOGS, WANDB = "run.json", ".lock", "logs", "wandb"
 FORMAT = "gpt2train run"
 _DISCARDED = ".discarded"
-_OURS = {CONFIG, METRICS, VERSIONS, CHECKPOINTS, EVALUATION, REPORT, RUN, LOCK, LOGS, WANDB, _DISCARDED}
+_OURS = {
+    CONFIG,
+    METRICS,
+    VERSIONS,
+    CHECKPOINTS,
+    EVALUATION,
+    REPORT,
+    RUN,
+    LOCK,
+    LOGS,
+    WANDB,
+    TENSORBOARD,
+    PROFILE,
+    _DISCARDED,
+}
 _SHAPE = ("layers", "channels", "heads", "context", "vocabulary", "pad_vocabulary_to")
 
 
@@ -118,7 +149,8 @@ def discard(run_dir: Path) -> None:
         os.rename(run_dir / CHECKPOINTS, run_dir / _DISCARDED)
     for name in (METRICS, RUN, CONFIG, VERSIONS, EVALUATION, REPORT):
         (run_dir / name).unlink(missing_ok=True)
-    shutil.rmtree(run_dir / _DISCARDED, ignore_errors=True)
+    for name in (_DISCARDED, TENSORBOARD, PROFILE):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def restarted() -> bool:
@@ -157,3 +189,155 @@ def refuse_lost_checkpoints(claimed: Claim, newest: int) -> None:
 def _short(value: object) -> str:
     text = str(value)
     return f"{text[:12]}…" if len(text) > 40 else text
+
+
+# ------------------------------------------------------------------------------------------------------- opening a run
+
+
+@dataclass
+class Run:
+    folder: Path
+    world: World
+    shards: TokenShards
+    start_step: int
+    start_from: Path | None
+    """The checkpoint to go on from."""
+    claim: Claim | None
+    """On rank 0 alone."""
+    evaluates: bool
+
+    def tell(self, line: str) -> None:
+        """One line for people, from rank 0."""
+        if self.claim is not None:
+            print(line, file=sys.stderr, flush=True)
+
+
+def open_run(config: TrainConfig, world: World, held: contextlib.ExitStack) -> Run:
+    """Locks the run folder, verifies the data, finds the checkpoint; on rank 0, and all ranks follow."""
+    folder = Path(config.run_dir)
+    found: list[tuple[Claim, TokenShards]] = []
+
+    def decide() -> int:
+        held.enter_context(lock(folder))
+        refuse_other_folder(folder)
+        shards = TokenShards.open(config.data.path, verify=config.data.verify)
+        _check_data(config, shards)
+        wanted = identity(config, shards.fingerprint)
+        if config.overwrite and not restarted():
+            discard(folder)
+        claimed = claim(folder, wanted)
+        newest = checkpoint.newest_whole(folder)
+        step = -1
+        if newest is not None:
+            state = checkpoint.read_state(newest)
+            step = int(state["step"])
+            stands = {f"model.{name}": value for name, value in state["model"].items()}
+            refuse_changes(folder, wanted, stands | state.get("identity", {}))
+        refuse_lost_checkpoints(claimed, step)
+        found.append((claimed, shards))
+        return step
+
+    step = on_rank_zero(world, decide)
+    claimed, shards = found[0] if found else (None, TokenShards.open(config.data.path, verify=False))
+    validation_windows = len(TokenWindows(shards.split("validation"), config.model.context))
+    run = Run(
+        folder,
+        world,
+        shards,
+        start_step=max(step, 0),
+        start_from=folder / CHECKPOINTS / checkpoint.folder_name(step) if step >= 0 else None,
+        claim=claimed,
+        evaluates=config.evaluate.every_steps > 0 and validation_windows > 0,
+    )
+    if run.start_step < config.steps and claimed is not None:
+        if run.start_from is not None:
+            run.tell(f"goes on from {run.start_from}")
+        for line in _changes(config, folder):
+            run.tell(line)
+        if config.evaluate.every_steps > 0 and not run.evaluates:
+            run.tell(f"no validation loss: the validation split has no {config.model.context} tokens and a target")
+        claimed.record()
+        _write_records(config, folder, shards, world)
+    return run
+
+
+def _check_data(config: TrainConfig, shards: TokenShards) -> None:
+    """Raises ConfigError when the model cannot be trained on these tokens."""
+    split = shards.split("train")
+    faults = []
+    if shards.vocabulary > config.model.vocabulary:
+        faults.append(
+            f"model.vocabulary={config.model.vocabulary}: the tokens in {config.data.path} go up to "
+            f"{shards.vocabulary - 1}; give model.vocabulary={shards.vocabulary}"
+        )
+    if len(TokenWindows(split, config.model.context)) < 1:
+        faults.append(
+            f"model.context={config.model.context}: the {split.tokens} training tokens in {config.data.path} are fewer "
+            f"than one sequence and its target; give more text, or a model with a shorter context"
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
+def _changes(config: TrainConfig, folder: Path) -> Iterator[str]:
+    """What the settings of this start change of the last one's, for a person to notice."""
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        before = _flat(asdict(read_run_config(folder)))
+    except ConfigError as error:
+        yield f"the settings of the last start cannot be compared: {error}"
+        return
+    now = _flat(asdict(config))
+    silent = ("run_dir", "overwrite", "data.path", "logging.", "checkpoint.", "data.verify")
+    for name in sorted(now):
+        if before.get(name) != now[name] and not name.startswith(silent):
+            yield f"changed since the last start: {name} {before.get(name)} → {now[name]}"
+    if before.get("steps") != now["steps"]:
+        yield (
+            f"the learning rate from here on follows the {config.optimizer.schedule.name} schedule of "
+            f"{config.steps} steps; the part behind was of {before.get('steps')}"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
+
+
+def _write_records(config: TrainConfig, folder: Path, shards: TokenShards, world: World) -> None:
+    """config.yaml and versions.json: what this start runs with."""
+    replace_file(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    versions: dict[str, Any] = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    content = {
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "data": {"path": str(Path(config.data.path).resolve()), "fingerprint": shards.fingerprint},
+        "tokenizer_sha256": shards.tokenizer_sha256,
+        "processes": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+    }
+    replace_file(folder / VERSIONS, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, with `-dirty` when files differ; None outside of one."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = [
+            "git",
+            "-C",
+            str(Path(__file__).parent),
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=40",
+            "--exclude=*",
+        ]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return answer.stdout.strip() or None
+    return None

@@ -87,7 +87,14 @@ class LRSchedule(Enum):
 
 class ActivationCheckpointing(Enum):
     none = "none"
+    selective = "selective"
     full = "full"
+
+
+class FaultAction(Enum):
+    stop = "stop"
+    skip = "skip"
+    rewind = "rewind"
 
 
 @dataclass
@@ -135,6 +142,10 @@ class DataConfig:
     """Folder of token shards (`corpus/tokens`); `data=FOLDER` is short for it."""
     verify: bool = True
     """Check every shard's size and sha256 against the manifest before the first step."""
+    document_mask: bool = False
+    """Attention stays within a document: `<|endoftext|>` opens what follows it and sees nothing before it."""
+    reset_positions: bool = False
+    """With document_mask: positions count from each document's `<|endoftext|>`, not from the sequence's start."""
 
 
 @dataclass
@@ -184,6 +195,13 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved. 0: only the last."""
     keep_last: int = 3
     """Newest checkpoints that stay; 0: all."""
+    keep_every_steps: int = 0
+    """Checkpoints of steps that are multiples of this stay for ever; 0: none."""
+    keep_best: bool = False
+    """The checkpoint with the lowest validation loss stays too; evaluations must fall on the steps that are saved."""
+    background: bool = True
+    """Training waits only for the copy into the machine's memory; a thread writes, verifies and publishes. Takes room
+    for this rank's share of 12 bytes a parameter."""
 
 
 @dataclass
@@ -192,6 +210,10 @@ class EvaluateConfig:
     """Steps between validation losses; also after the last step. 0: never."""
     sequences: int = 256
     """Validation sequences, always the same ones."""
+    sample_prompt: str = ""
+    """After each evaluation the model goes on from this text, always with the same seed; empty: no sample."""
+    sample_tokens: int = 64
+    """Tokens of that sample."""
 
 
 @dataclass
@@ -200,6 +222,36 @@ class LoggingConfig:
     """Steps between lines on the terminal; metrics.jsonl has every step."""
     wandb: WandbMode = WandbMode.off
     wandb_project: str = "gpt2train"
+    tensorboard: bool = False
+    """Also write `run_dir/tensorboard`; needs `pip install gpt2train[tensorboard]`."""
+    layers_every_steps: int = 0
+    """Steps between the norms of each layer's gradients and weights in metrics.jsonl; costs a gather of both. 0:
+    never."""
+
+
+@dataclass
+class FaultsConfig:
+    """What becomes of a step whose loss or gradient norm is not finite, or leaves its usual range. Its update is not
+    made in any case, and its documents are named."""
+
+    nonfinite: FaultAction = FaultAction.stop
+    """stop: end with exit code 6; skip: go on with the next step; rewind: back to the newest checkpoint of a multiple
+    of checkpoint.every_steps, and on from there with the batches after the faulty one."""
+    spike_sigma: float = 0.0
+    """A loss or a gradient norm this many standard deviations above the mean of the window is a spike; 0: none is."""
+    spike_window: int = 128
+    """Steps, the last ones whose update was made, that the mean and the deviation are of."""
+    spike_action: FaultAction = FaultAction.skip
+    """What becomes of a spike: stop, skip or rewind, as above."""
+    limit: int = 20
+    """Skips and rewinds of a whole run; one more stops it."""
+
+
+@dataclass
+class ProfileConfig:
+    steps: list[int] = field(default_factory=list)
+    """[first, last]: rank 0's torch profiler records these steps of this start into `run_dir/profile`, for
+    chrome://tracing or Perfetto; empty: none."""
 
 
 @dataclass
@@ -234,6 +286,8 @@ class TrainConfig:
     """On GPUs, kernels that give the same bits each time, so that a resumed run repeats the undisturbed one exactly;
     false: faster, and equal within rounding. CPUs always give the same bits."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
+    """What the backward pass computes again instead of keeping: nothing; what is cheap (selective: all but products of
+    matrices and attention); or whole blocks (full)."""
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -241,6 +295,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
@@ -402,12 +458,17 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
     for owner, name in (
         (c.checkpoint, "checkpoint.every_steps"),
         (c.checkpoint, "checkpoint.keep_last"),
+        (c.checkpoint, "checkpoint.keep_every_steps"),
         (c.evaluate, "evaluate.every_steps"),
+        (c.logging, "logging.layers_every_steps"),
+        (c.faults, "faults.spike_sigma"),
+        (c.faults, "faults.limit"),
     ):
         value = getattr(owner, name.split(".")[1])
         require(value >= 0, name, value, "must be 0 or more", "leave it out")
     require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
     require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
+    faults += _faults_of_extras(c)
     require(
         c.distributed.timeout_s >= 1,
         "distributed.timeout_s",
@@ -415,6 +476,45 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         "must be at least 1 s",
         "give 600",
     )
+    return faults
+
+
+def _faults_of_extras(c: TrainConfig) -> list[str]:
+    """Faults of settings that only make sense beside others."""
+    faults = []
+    every, best = c.evaluate.every_steps, c.checkpoint.keep_best
+    if best and (every <= 0 or c.checkpoint.every_steps <= 0 or c.checkpoint.every_steps % every):
+        faults.append(
+            f"checkpoint.keep_best=true: each saved step must be evaluated, checkpoint.every_steps="
+            f"{c.checkpoint.every_steps} be a multiple of evaluate.every_steps={every}; give evaluate.every_steps="
+            f"{max(c.checkpoint.every_steps, 1)}"
+        )
+    if c.evaluate.sample_prompt and every <= 0:
+        faults.append("evaluate.sample_prompt: samples come after evaluations; give evaluate.every_steps=250")
+    if c.evaluate.sample_tokens < 1:
+        faults.append(f"evaluate.sample_tokens={c.evaluate.sample_tokens}: must be at least 1; leave it out")
+    if c.data.reset_positions and not c.data.document_mask:
+        faults.append("data.reset_positions=true: needs data.document_mask=true; give both")
+    if c.data.document_mask and c.model.vocabulary < VOCABULARY:
+        faults.append(
+            f"data.document_mask=true: model.vocabulary={c.model.vocabulary} has no <|endoftext|>, {VOCABULARY - 1}; "
+            f"give model.vocabulary={VOCABULARY}"
+        )
+    if c.faults.spike_window < 2:
+        faults.append(f"faults.spike_window={c.faults.spike_window}: must be at least 2; give 128")
+    rewinds = c.faults.nonfinite is FaultAction.rewind or (
+        c.faults.spike_sigma > 0 and c.faults.spike_action is FaultAction.rewind
+    )
+    if rewinds and c.checkpoint.every_steps <= 0:
+        faults.append("checkpoint.every_steps=0: rewinding needs a checkpoint to go back to; give 1000")
+    if c.activation_checkpointing is ActivationCheckpointing.selective and c.zero.stage == 3:
+        faults.append(
+            "activation_checkpointing=selective: DeepSpeed's linear layers at zero.stage=3 change what it keeps; give "
+            "activation_checkpointing=full or zero.stage=2"
+        )
+    window = c.profile.steps
+    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        faults.append(f"profile.steps={window}: must be [first, last], counted from 1; give profile.steps=[10,12]")
     return faults
 
 

@@ -42,24 +42,27 @@ def derive_seed(*numbers: int) -> int:
     return key
 
 
-def permute(positions: np.ndarray, size: int, *, seed: int, epoch: int) -> np.ndarray:
+def permute(positions: np.ndarray, size: int, *, seed: int, epoch: int, inverse: bool = False) -> np.ndarray:
     """Where `positions` of 0..size-1 go in this epoch's permutation: int64 → int64, same shape.
 
     A Feistel network over the smallest power of two that holds `size`, walked on until the value is below `size`
     ("cycle walking", Black and Rogaway 2002, CT-RSA), which keeps it a permutation; fewer than two walks on average.
+    `inverse`: where they come from; the rounds in the other order undo each walk.
     """
     bits = max((size - 1).bit_length(), 2)
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    keys = [np.uint64(derive_seed(seed, epoch, size, number)) for number in range(FEISTEL_ROUNDS)]
+    keys = [(number, np.uint64(derive_seed(seed, epoch, size, number))) for number in range(FEISTEL_ROUNDS)]
+    if inverse:
+        keys.reverse()
 
     result = positions.astype(np.uint64)
     outside = np.ones(result.shape, dtype=bool)
     while outside.any():
         walking = result[outside]
         low, high = walking & low_mask, walking >> low_bits
-        for number, key in enumerate(keys):
+        for number, key in keys:
             # The halves may differ by a bit, so they are changed in turn instead of being swapped.
             if number % 2 == 0:
                 high ^= _mix(low ^ key) & high_mask
@@ -95,6 +98,13 @@ class BatchOrder:
             inside = epochs == epoch
             result[inside] = permute(positions[inside], self.windows, seed=self.seed, epoch=epoch)
         return result
+
+    def places(self, windows: np.ndarray, epoch: int) -> np.ndarray:
+        """Where in the endless row of sequences `windows` stand in `epoch` (both counted from 0): int64, same shape.
+
+        Place p belongs to step p // sequences, as its sequence p % sequences.
+        """
+        return epoch * self.windows + permute(windows, self.windows, seed=self.seed, epoch=epoch, inverse=True)
 
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, that the first sequence of `step` belongs to."""

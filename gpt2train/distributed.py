@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +33,8 @@ class World:
     size: int
     local_rank: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """The processes' group for its collectives; None: torch's default one."""
 
 
 def world_size() -> int:
@@ -94,11 +96,20 @@ def _limit_new_groups(timeout: timedelta) -> None:
     dist.new_group = functools.partial(dist.new_group, timeout=timeout)
 
 
+def beside(world: World) -> World:
+    """The same processes with a group of their own on the CPU, so that a thread may agree while another one trains.
+
+    All ranks come here together; the group has the time limit of all others.
+    """
+    group = dist.new_group(backend="gloo") if world.size > 1 else None
+    return replace(world, device=torch.device("cpu"), group=group)
+
+
 def all_sum(world: World, values: Sequence[float]) -> list[float]:
     """Element-wise sum over all ranks in float64. Waits for the device."""
     numbers = torch.tensor(values, dtype=torch.float64, device=world.device)
     if world.size > 1:
-        dist.all_reduce(numbers)
+        dist.all_reduce(numbers, group=world.group)
     return [float(value) for value in numbers.tolist()]
 
 
@@ -108,7 +119,7 @@ def all_rows(world: World, row: bytes) -> list[bytes]:
     if world.size == 1:
         return [row]
     rows = [torch.empty_like(mine) for _ in range(world.size)]
-    dist.all_gather(rows, mine)
+    dist.all_gather(rows, mine, group=world.group)
     return [bytes(other.tolist()) for other in rows]
 
 
@@ -126,7 +137,7 @@ def on_rank_zero(world: World, work: Callable[[], int]) -> int:
             outcome = [getattr(raised, "exit_code", 1), 0]
     if world.size > 1:
         numbers = torch.tensor(outcome, dtype=torch.int64, device=world.device)
-        dist.broadcast(numbers, src=0)
+        dist.broadcast(numbers, src=0, group=world.group)
         outcome = [int(number) for number in numbers.tolist()]
     if error is not None:
         raise error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2train.config import ActivationCheckpointing, Precision, TrainConfig, micro_batch, parameter_count
+from gpt2train.config import Precision, TrainConfig, micro_batch, parameter_count
 from gpt2train.distributed import World
 from gpt2train.model import GPT
 from gpt2train.optim import adamw
@@ -91,7 +92,9 @@ def build(config: TrainConfig, world: World) -> Any:
     model = GPT(
         config.model,
         seed=config.seed,
-        activation_checkpointing=config.activation_checkpointing is ActivationCheckpointing.full,
+        activation_checkpointing=config.activation_checkpointing,
+        document_mask=config.data.document_mask,
+        reset_positions=config.data.reset_positions,
     ).to(world.device)
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures whatever the log level
@@ -183,12 +186,59 @@ def _load_partitioned(parameter: Any, weight: Tensor, exp_avg: Tensor, exp_avg_s
         parameter.copy_(weight)
 
 
-def gradient_norm(engine: Any) -> float | None:
-    """ZeRO 0 in fp32: norm of the reduced gradients before the step. None at other stages: `engine.step` finds it."""
-    if not _is_plain(engine):
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients).item())  # host-device sync
+class Guard:
+    """Stands between DeepSpeed and torch's optimizer, so that an update can be refused once its gradients are known.
+
+        guard = Guard(engine)
+        norm, made = guard.update(largest_norm=12.0)
+
+    DeepSpeed finds the gradient norm within `engine.step`, and what it does with one that is not finite differs by
+    stage and precision. The optimizer's own step is the one place that every way leads through: where it is left out,
+    DeepSpeed copies unchanged weights and clears the gradients as after any update.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._optimizer = engine.optimizer if _is_plain(engine) else engine.optimizer.optimizer
+        self._update = self._optimizer.step
+        self._optimizer.step = self._step
+        self._norm = self._largest = math.inf
+        self._refused = False
+
+    def update(self, largest_norm: float) -> tuple[float, bool]:
+        """Ends the step: the gradient norm before clipping, and whether the update was made.
+
+        It is not when the norm is above `largest_norm` or not finite. Waits for the device. All ranks know the same
+        norm and decide alike.
+        """
+        self._norm, self._largest, self._refused = math.inf, largest_norm, False
+        if _is_plain(self._engine):
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(gradients).item())  # host-device sync
+        self._engine.step()
+        made = self._engine.was_step_applied() and not self._refused
+        return self._norm, made
+
+    def _step(self, closure: Any = None) -> None:
+        if not _is_plain(self._engine):
+            norm = float(self._engine.optimizer._global_grad_norm)  # host-device sync
+            self._norm = norm if norm >= 0 else math.nan  # DeepSpeed writes -1 for what is not finite
+        if math.isfinite(self._norm) and self._norm <= self._largest:
+            self._update()
+        else:
+            self._refused = True
+
+
+def gradients(engine: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, weight, gradient) of every parameter, whole, after the last backward pass of a step and before its update;
+    all ranks must run through it together."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    for name, parameter in engine.module.named_parameters():
+        if _is_plain(engine):
+            yield name, parameter.detach(), parameter.grad
+        else:
+            yield name, safe_get_full_fp32_param(parameter), safe_get_full_grad(parameter)
 
 
 def _is_plain(engine: Any) -> bool:

@@ -1,7 +1,7 @@
-"""What a run reports: metrics.jsonl, a line on the terminal, Weights & Biases.
+"""What a run reports: metrics.jsonl, a line on the terminal, Weights & Biases, TensorBoard.
 
 Flows in: the numbers of a step, or of an evaluation. Flows out: one line of JSON a step in `run_dir/metrics.jsonl`,
-which is the record; the terminal and Weights & Biases are shown the same numbers, and neither can stop a run. After a
+which is the record; the other sinks are shown the same numbers, and none of them can stop a run. After a
 resume the file is cut behind the checkpoint's step, so that it always holds one curve without gap or double.
 
 Floats are written in full (Python's shortest form that reads back as the same number).
@@ -14,12 +14,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gpt2train.config import GPT2TrainError, Precision, TrainConfig, WandbMode, flops_per_token
-from gpt2train.run_folder import METRICS
+from gpt2train.run_folder import METRICS, TENSORBOARD
 
 PEAK_FLOPS = {
     # Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (sparsity's factor of two taken off). The
@@ -159,11 +159,66 @@ class Wandb:
         self._tell(f"Weights & Biases is off for this start ({(str(error).splitlines() or [repr(error)])[0]})")
 
 
+class TensorBoard:
+    """TensorBoard's event files as one more sink, in `run_dir/tensorboard`; what fails there is told once.
+
+    Each start writes a file of its own, whose first event tells TensorBoard to forget what other files hold of later
+    steps than the checkpoint's: one curve without a double.
+    """
+
+    def __init__(self, config: TrainConfig, after_step: int, tell: Callable[[str], None]) -> None:
+        self._writer: Any = None
+        self._tell = tell
+        if not config.logging.tensorboard:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(Path(config.run_dir) / TENSORBOARD, purge_step=after_step + 1)
+        except ImportError:
+            self._tell("TensorBoard is off: it is not installed; `pip install gpt2train[tensorboard]`")
+        except Exception as error:
+            self._fail(error)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        try:
+            for name, value in _flat(entry):
+                if isinstance(value, str):
+                    self._writer.add_text(name, value, entry["step"])
+                elif name != "step":
+                    self._writer.add_scalar(name, value, entry["step"])
+        except Exception as error:
+            self._fail(error)
+
+    def close(self) -> None:
+        if self._writer is None:
+            return
+        try:
+            self._writer.close()
+        except Exception as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._writer = None
+        self._tell(f"TensorBoard is off for this start ({(str(error).splitlines() or [repr(error)])[0]})")
+
+
+def _flat(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
 class Reporter:
     """All sinks of a run, on rank 0; on other ranks every call does nothing.
 
     `entry` of a step holds `step`, `loss`, `lr`, `grad_norm` and `tokens`; `tokens_per_s` and, where the device's peak
-    is known, `mfu` are added from the clock.
+    is known, `mfu` are added from the clock. Where they apply: `skipped`, why no update was made; `batch`, the number
+    of the batch where rewinds have parted it from the step; `rewound_from`, on the first step after one; `layers`.
     """
 
     def __init__(
@@ -176,8 +231,10 @@ class Reporter:
         self._first_step = after_step
         self._begin = self._lap = time.perf_counter()
         if active:
+            self._rewound: dict[str, Any] = {}
             self._file = MetricsFile(Path(config.run_dir), after_step=after_step)
             self._wandb = Wandb(config, run_id, self.tell)
+            self._tensorboard = TensorBoard(config, after_step, self.tell)
             if self._file.cut_lines:
                 self.tell(f"metrics.jsonl: {self._file.cut_lines} lines after step {after_step} are written anew")
 
@@ -190,7 +247,32 @@ class Reporter:
         """Time until now does not count for the next step (start-up, evaluation, a save)."""
         self._lap = time.perf_counter()
 
-    def step(self, *, step: int, loss: float, lr: float, grad_norm: float, tokens: int) -> None:
+    def rewind(self, *, to: int, after: int, reason: str) -> None:
+        """The run is back at step `to`: what stands behind it is cut off, and the next step's line says why.
+
+        Weights & Biases takes no step twice, so its curve keeps the steps up to `after` as they were first.
+        """
+        self.tell(f"rewound from step {after} to the checkpoint of step {to}")
+        if not self.active:
+            return
+        self._rewound = {"rewound_from": after, "rewound_for": reason}
+        self._file.close()
+        self._file = MetricsFile(Path(self._config.run_dir), after_step=to)
+        self._tensorboard.close()
+        self._tensorboard = TensorBoard(self._config, to, self.tell)
+
+    def step(
+        self,
+        *,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: int,
+        skipped: str | None = None,
+        batch: int | None = None,
+        layers: dict[str, dict[str, float]] | None = None,
+    ) -> None:
         """Records a step; the time since the last call (or `start_clock`) is the step's."""
         now = time.perf_counter()
         took_s, self._lap = now - self._lap, now
@@ -208,8 +290,10 @@ class Reporter:
         }
         if self._peak is not None:
             entry["mfu"] = rate * flops_per_token(self._config.model) / (self._peak * self._ranks)
-        self._file.write(entry)
-        self._wandb.log(entry)
+        seldom = {"skipped": skipped, "batch": batch, "layers": layers}
+        entry |= {name: value for name, value in seldom.items() if value is not None} | self._rewound
+        self._rewound = {}
+        self._log(entry)
         if step % self._config.logging.every_steps == 0 or step in (self._first_step + 1, self._config.steps):
             self.tell(self._line(entry, now))
 
@@ -223,15 +307,23 @@ class Reporter:
             f"{duration(left_s)} to go"
         )
 
-    def evaluation(self, *, step: int, validation_loss: float) -> None:
-        if not self.active:
-            return
-        entry = {"step": step, "validation_loss": validation_loss}
+    def _log(self, entry: dict[str, Any]) -> None:
         self._file.write(entry)
         self._wandb.log(entry)
+        self._tensorboard.log(entry)
+
+    def evaluation(self, *, step: int, validation_loss: float, sample: str | None = None) -> None:
+        if not self.active:
+            return
+        entry: dict[str, Any] = {"step": step, "validation_loss": validation_loss}
+        if sample is not None:
+            entry["sample"] = sample
+        self._log(entry)
         self.tell(
             f"step {step}  validation loss {validation_loss:.4f}  perplexity {math.exp(min(validation_loss, 700)):.2f}"
         )
+        if sample is not None:
+            self.tell(f"step {step}  sample: {sample}")
 
     def sync(self) -> None:
         if self.active:
@@ -241,6 +333,7 @@ class Reporter:
         if self.active:
             self._file.close()
             self._wandb.close()
+            self._tensorboard.close()
 
 
 def duration(seconds: float) -> str:

@@ -15,15 +15,17 @@ V vocabulary, P padded vocabulary, S past and present tokens.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gpt2train.config import ModelConfig
+from data_pipeline.tokenizer import END_OF_TEXT
+from gpt2train.config import ActivationCheckpointing, ModelConfig
 
 INIT_STD = 0.02
 """Standard deviation of initial matrices (openai/gpt-2 src/model.py: `conv1d` and `wte`)."""
@@ -31,6 +33,17 @@ POSITION_INIT_STD = 0.01
 """Standard deviation of initial positions (openai/gpt-2 src/model.py: `wpe`)."""
 LAYER_NORM_EPS = 1e-5
 """openai/gpt-2 src/model.py: `norm`."""
+_EXPENSIVE = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing keeps: nearly all of a block's operations. The norms, GELU and dropout are made again
+(Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", keep by the same measure)."""
 LOSS_CHUNK_POSITIONS = 2048
 """Positions whose logits exist at once; 2,048 × 50,304 in fp32 are 412 MB."""
 
@@ -83,23 +96,25 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.channels, 3 * config.channels)
         self.c_proj = nn.Linear(config.channels, config.channels)
 
-    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, cache: KeyValueCache | None = None, layer: int = 0, mask_B1TT: Tensor | None = None
+    ) -> Tensor:
         B, T, C = x_BTC.shape
         qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         q_BHTD, k_BHSD, v_BHSD = qkv_3BHTD.unbind(0)
-        mask_TS = None
+        mask = mask_B1TT
         if cache is not None:
             k_BHSD, v_BHSD = cache.append(layer, k_BHSD, v_BHSD)
             if 1 < T < k_BHSD.shape[2]:
                 # Several new tokens behind old ones: `is_causal` would align the triangle with the first key.
                 S = k_BHSD.shape[2]
-                mask_TS = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(diagonal=S - T)
+                mask = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(diagonal=S - T)
         y_BHTD = F.scaled_dot_product_attention(
             q_BHTD,
             k_BHSD,
             v_BHSD,
-            attn_mask=mask_TS,
-            is_causal=mask_TS is None and T > 1,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
             dropout_p=self.dropout if self.training else 0.0,
         )
         y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
@@ -125,21 +140,34 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.channels, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, cache: KeyValueCache | None = None, layer: int = 0) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, layer)
+    def forward(
+        self, x_BTC: Tensor, cache: KeyValueCache | None = None, layer: int = 0, mask_B1TT: Tensor | None = None
+    ) -> Tensor:
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, layer, mask_B1TT)
         return x_BTC + self.mlp(self.ln_2(x_BTC))
 
 
 class GPT(nn.Module):
     """GPT-2 of the given sizes, on the CPU in fp32, initialized from `seed` alone (see `initialize`).
 
-    `activation_checkpointing`: keep only each block's input for the backward pass and compute the rest again.
+    `activation_checkpointing`: what the backward pass computes again instead of keeping. `document_mask`: attention
+    stays within a document, `reset_positions`: so do positions (see `DataConfig`); with a cache, which holds one
+    document, neither counts.
     """
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
+        document_mask: bool = False,
+        reset_positions: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.document_mask, self.reset_positions = document_mask, reset_positions
         with torch.device("meta"):  # torch's own initial values would be drawn and thrown away
             self.wte = nn.Embedding(config.padded_vocabulary, config.channels)
             self.wpe = nn.Embedding(config.context, config.channels)
@@ -185,13 +213,18 @@ class GPT(nn.Module):
             raise ValueError(
                 f"{start} cached + {T} new tokens: the model's context is {self.config.context}; give it fewer tokens"
             )
-        positions_T = torch.arange(start, start + T, device=tokens_BT.device)
-        x_BTC = F.dropout(self.wte(tokens_BT) + self.wpe(positions_T), self.config.dropout, self.training)
+        positions = torch.arange(start, start + T, device=tokens_BT.device)
+        mask_B1TT = None
+        if self.document_mask and cache is None:
+            mask_B1TT = document_mask(tokens_BT)
+            if self.reset_positions:
+                positions = document_positions(tokens_BT)
+        x_BTC = F.dropout(self.wte(tokens_BT) + self.wpe(positions), self.config.dropout, self.training)
         for layer, block in enumerate(self.h):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTC = checkpoint(block, x_BTC, use_reentrant=False)
+            if self.activation_checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
+                x_BTC = self._checkpointed(block, x_BTC, mask_B1TT)
             else:
-                x_BTC = block(x_BTC, cache, layer)
+                x_BTC = block(x_BTC, cache, layer, mask_B1TT)
         if cache is not None:
             cache.length += T
         x_BTC = self.ln_f(x_BTC)
@@ -202,6 +235,32 @@ class GPT(nn.Module):
         )
         assert isinstance(loss, Tensor)
         return loss
+
+    def _checkpointed(self, block: nn.Module, x_BTC: Tensor, mask_B1TT: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {}
+        if self.activation_checkpointing is ActivationCheckpointing.selective:
+            options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _EXPENSIVE)
+        y_BTC = checkpoint(block, x_BTC, None, 0, mask_B1TT, use_reentrant=False, **options)
+        assert isinstance(y_BTC, Tensor)
+        return y_BTC
+
+
+def document_mask(tokens_BT: Tensor) -> Tensor:
+    """Which keys a query may see, bool [B, 1, T, T]: those before it, and itself, of its own document.
+
+    `<|endoftext|>` belongs to the document that it opens, as in a sample that starts from it.
+    """
+    document_BT = (tokens_BT == END_OF_TEXT).cumsum(1)
+    T = tokens_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
+    return ((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT)[:, None]
+
+
+def document_positions(tokens_BT: Tensor) -> Tensor:
+    """int64 [B, T]: how far each token lies behind its document's start, or the sequence's."""
+    positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    starts_BT = torch.where(tokens_BT == END_OF_TEXT, positions_T, 0).cummax(1).values
+    return positions_T - starts_BT
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

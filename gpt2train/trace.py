@@ -2,15 +2,18 @@
 
 Flows in: a run's config.yaml and the token shards it trained on. Flows out: a table. Nothing is looked up in a log: the
 batch of a step is a function of seed and step, and every token of a shard belongs to a document with a URL. A step
-costs the reading of its documents' rows; a URL costs one pass over the table of documents and one over the order.
+costs the reading of its documents' rows; a URL costs one pass over the table of documents, and its windows' places in
+the order are computed backwards, an epoch at a time. Where a rewind has parted batches from steps (faults.py), the
+lines of metrics.jsonl say which batch a step had.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from rich import box
@@ -25,8 +28,9 @@ from gpt2train.run_folder import VERSIONS, data_folder, read_json, read_metrics,
 
 SCAN_TOKENS = 16_000_000
 """Positions whose documents are in memory at once while a URL is looked for."""
-SCAN_SEQUENCES = 1 << 20
-"""Sequences of the training order that are in memory at once, 8 bytes each and a few copies."""
+
+
+NO_REWINDS: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +49,42 @@ class Seen:
     document: DocumentSpan
 
 
-def documents_of_step(split: TokenSplit, config: TrainConfig, step: int) -> list[Seen]:
-    """What `step` (counted from 1) saw, in the order of its global batch."""
+def documents_of_step(
+    split: TokenSplit, config: TrainConfig, step: int, *, batches: Mapping[int, int] = NO_REWINDS
+) -> list[Seen]:
+    """What `step` (counted from 1) saw, in the order of its global batch.
+
+    `batches` gives the batch of each step that had another than its own number's.
+    """
     windows = TokenWindows(split, config.model.context)
     order = _order(windows, config)
     seen = []
-    for sequence, window in enumerate(order.indices(step - 1)):
+    batch = batches.get(step, step)
+    for sequence, window in enumerate(order.indices(batch - 1)):
         start, stop = windows.span(int(window))
-        epoch = ((step - 1) * order.sequences + sequence) // order.windows
+        epoch = ((batch - 1) * order.sequences + sequence) // order.windows
         for document in split.documents(start, stop):
             shared = max(start, document.start), min(stop, document.stop)
             seen.append(Seen(step, sequence, epoch, *shared, document))
     return seen
 
 
-def steps_of_url(split: TokenSplit, config: TrainConfig, url: str, *, last_step: int) -> list[Seen]:
+def steps_of_url(
+    split: TokenSplit, config: TrainConfig, url: str, *, last_step: int, batches: Mapping[int, int] = NO_REWINDS
+) -> list[Seen]:
     """Where steps 1 to `last_step` saw the documents of `url`, by step. Empty: they did not, or there is none."""
-    return steps_of_documents(split, config, documents_of_url(split, url), last_step=last_step)
+    return steps_of_documents(split, config, documents_of_url(split, url), last_step=last_step, batches=batches)
 
 
 def steps_of_documents(
-    split: TokenSplit, config: TrainConfig, documents: Sequence[DocumentSpan], *, last_step: int
+    split: TokenSplit,
+    config: TrainConfig,
+    documents: Sequence[DocumentSpan],
+    *,
+    last_step: int,
+    batches: Mapping[int, int] = NO_REWINDS,
 ) -> list[Seen]:
-    """Where steps 1 to `last_step` saw any of `documents`, by step; one pass over the order for all of them."""
+    """Where steps 1 to `last_step` saw any of `documents`, by step."""
     windows = TokenWindows(split, config.model.context)
     order = _order(windows, config)
     by_window: dict[int, list[DocumentSpan]] = {}
@@ -80,22 +97,20 @@ def steps_of_documents(
             if start < document.stop and document.start < stop:
                 by_window.setdefault(window, []).append(document)
     wanted = np.array(sorted(by_window), dtype=np.int64)
-    # Batches are cut from one endless row of sequences, so one of `bundle` times the size is `bundle` steps at once. It
-    # holds about an epoch at most, as the order makes each epoch by itself.
-    bundle = max(min(SCAN_SEQUENCES, order.windows) // order.sequences, 1)
-    bundles = BatchOrder(order.seed, order.windows, order.sequences * bundle)
+    step_of = {batches.get(step, step): step for step in range(1, last_step + 1)} if batches else None
+    last_batch = max(step_of, default=0) if step_of is not None else last_step
     seen = []
-    for number in range(-(-last_step // bundle) if len(wanted) else 0):
-        indices = bundles.indices(number)
-        for at in np.flatnonzero(np.isin(indices, wanted)):
-            place = number * bundles.sequences + int(at)
-            step = place // order.sequences + 1
-            if step > last_step:
-                break
-            start, stop = windows.span(int(indices[at]))
-            for document in by_window[int(indices[at])]:
+    for epoch in range(-(-last_batch * order.sequences // order.windows) if len(wanted) else 0):
+        places = order.places(wanted, epoch)
+        for at in np.argsort(places):
+            batch, sequence = int(places[at]) // order.sequences + 1, int(places[at]) % order.sequences
+            step = step_of.get(batch, 0) if step_of is not None else batch
+            if not 1 <= step <= last_step:
+                continue
+            start, stop = windows.span(int(wanted[at]))
+            for document in by_window[int(wanted[at])]:
                 shared = max(start, document.start), min(stop, document.stop)
-                seen.append(Seen(step, place % order.sequences, place // order.windows, *shared, document))
+                seen.append(Seen(step, sequence, epoch, *shared, document))
     return seen
 
 
@@ -111,7 +126,12 @@ def documents_of_urls(split: TokenSplit, urls: Collection[str]) -> list[Document
 
 def steps_done(run_dir: str | Path) -> int:
     """The last step in the run's metrics; 0 before the first."""
-    return max((step for step, _ in series(read_metrics(run_dir), "loss")), default=0)
+    return max((entry["step"] for entry in read_metrics(run_dir) if "loss" in entry), default=0)
+
+
+def other_batches(run_dir: str | Path) -> dict[int, int]:
+    """The batch of each step done that had another than its own number's, since the run has rewound."""
+    return {step: int(batch) for step, batch in series(read_metrics(run_dir), "batch")}
 
 
 def _all_documents(split: TokenSplit) -> Iterator[DocumentSpan]:
@@ -145,13 +165,16 @@ def trace(config: TraceConfig) -> int:
     shards = open_data(Path(config.run))
     split = shards.split("train")
     done = steps_done(config.run)
+    batches = other_batches(config.run)
+    if config.step > done:  # a rewind's shift stays for the steps to come
+        batches[config.step] = config.step + batches.get(done, done) - done
     if config.url:
-        seen = steps_of_url(split, run, config.url, last_step=done)
+        seen = steps_of_url(split, run, config.url, last_step=done, batches=batches)
         title = f"{config.url}: seen {len(seen)} times in {done} steps"
         if not seen:
             _say_unseen(shards, done, config.url)
     else:
-        seen = documents_of_step(split, run, config.step)
+        seen = documents_of_step(split, run, config.step, batches=batches)
         title = f"step {config.step}: {run.batch.sequences} sequences, {len(seen)} parts of documents"
         if config.step > done:
             title += f"; not done yet, the run stands at step {done}"

@@ -1,11 +1,12 @@
 """Training: token shards → checkpoints and metrics.jsonl; the same command again goes on where it was.
 
     run folder → data → engine → newest whole checkpoint
-    each step:   batch, forward, backward, agree, update, log   then, when due: evaluate, save, stop
+    each step:   batch, forward, backward, agree, judge, update, log   then, when due: evaluate, save, stop
 
-Everything that a step depends on is a function of the seed and the step: its windows, its learning rate, its dropout.
-So a checkpoint holds the weights, the moments and a number, and a run that was killed repeats the undisturbed one: bit
-for bit with the same number of ranks and the same ZeRO stage, within rounding with others.
+Everything that a step depends on is a function of the seed and the step (and of the faults written in state.json): its
+windows, its learning rate, its dropout. So a checkpoint holds the weights, the moments and a few numbers, and a run
+that was killed repeats the undisturbed one: bit for bit with the same number of ranks and the same ZeRO stage, within
+rounding with others.
 
 All ranks run this same code. Rank 0 speaks, keeps the records and decides; what it decides goes to all.
 """
@@ -13,28 +14,22 @@ All ranks run this same code. Rank 0 speaks, keeps the records and decides; what
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint, claim, distributed, engine
 from gpt2train.config import (
     REQUEUE_EXIT_CODE,
     ConfigError,
+    FaultAction,
     GPT2TrainError,
     NonFiniteError,
     TrainConfig,
@@ -46,11 +41,13 @@ from gpt2train.config import (
 from gpt2train.data import BatchOrder, TokenWindows, derive_seed, micro_batches
 from gpt2train.distributed import World, all_sum, on_rank_zero
 from gpt2train.evaluate import validation_loss
+from gpt2train.faults import FaultRule
 from gpt2train.metrics import Reporter
+from gpt2train.observe import Profile, layer_norms, sample_text
 from gpt2train.optim import learning_rate, set_learning_rate, warmup_steps
-from gpt2train.run_folder import CHECKPOINTS, CONFIG, VERSIONS, read_run_config, replace_file
+from gpt2train.run_folder import CHECKPOINTS
+from gpt2train.saving import Saver
 
-PACKAGES = ("gpt2train", "torch", "deepspeed", "numpy", "safetensors", "hydra-core", "wandb", "tiktoken")
 NAMED_DOCUMENTS = 20
 """Documents of a batch that an error names; `gpt2train trace` names them all."""
 
@@ -84,7 +81,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str], held: contextlib.ExitStack) -> int:
     # What stands in the run folder, and whether there is anything to do
-    run = _open_run(config, world, held)
+    run = claim.open_run(config, world, held)
     if run.start_step >= config.steps:
         run.tell(f"{run.folder}: complete at step {run.start_step}; nothing to do for steps={config.steps}")
         return 0
@@ -95,9 +92,12 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
     micro = micro_batch(config, world.size)
     _set_determinism(config, world)
     model = engine.build(config, world)
+    guard = engine.Guard(model)
+    rule = FaultRule(config.faults)
     if run.start_from is not None:
+        rule.restore(checkpoint.read_state(run.start_from))
         with checkpoint.Reader(run.start_from) as read:
-            engine.load_state_tensors(model, read, run.start_step)
+            engine.load_state_tensors(model, read, rule.updates(run.start_step))
     for line in batch_arithmetic(config, world.size, len(windows)):
         run.tell(line)
     reporter = Reporter(
@@ -108,25 +108,34 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
         ranks=world.size,
         device_name=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
     )
-
+    profile = Profile(config, active=world.rank == 0)
+    saver = Saver(world, background=config.checkpoint.background)
     watchdog = distributed.Watchdog(world, config.distributed.timeout_s)
     reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
-    def read_step(step: int) -> list[tuple[int, torch.Tensor]]:
+    def read_ahead(step: int) -> Future[list[tuple[int, torch.Tensor]]]:
         """This rank's forward passes of `step` (counted from 1): place in the global batch, tokens [micro, T + 1]."""
-        shares = micro_batches(order.indices(step - 1), micro=micro, rank=world.rank, world_size=world.size)
-        return [(place, torch.from_numpy(windows.read(indices))) for place, indices in shares]
+        batch = step - 1 + rule.offset
+
+        def read() -> list[tuple[int, torch.Tensor]]:
+            shares = micro_batches(order.indices(batch), micro=micro, rank=world.rank, world_size=world.size)
+            return [(place, torch.from_numpy(windows.read(indices))) for place, indices in shares]
+
+        return reader.submit(read)
 
     try:
-        ahead = reader.submit(read_step, run.start_step + 1)
+        step = run.start_step
+        ahead = read_ahead(step + 1)
         reporter.start_clock()
-        for step in range(run.start_step + 1, config.steps + 1):
+        while step < config.steps:
+            step += 1
             doing[0] = f"step {step}"
             if not (config.compile and step == run.start_step + 1):  # compiling takes as long as it takes
                 watchdog.watch(doing[0])
+            profile.before(step)
             batch = ahead.result()
             if step < config.steps:
-                ahead = reader.submit(read_step, step + 1)
+                ahead = read_ahead(step + 1)
 
             # Forward and backward over this rank's share
             loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -139,195 +148,83 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
                 model.backward(loss)
                 if number < len(batch):
                     model.step()  # within the accumulation: counts, updates nothing
+            layers = layer_norms(engine.gradients(model)) if _due(step, config.logging.layers_every_steps) else None
 
-            # Agree on the loss and on whether to stop; look before the update
-            plain_norm = engine.gradient_norm(model)
-            total, stopping = all_sum(world, [loss_sum.item(), float(stop.received)])  # host-device sync
+            # Agree on the loss, on whether to stop, on whether a save has failed
+            total, stopping, failed = all_sum(  # host-device sync
+                world, [loss_sum.item(), float(stop.received), float(saver.failed)]
+            )
+            if failed:
+                saver.fail()
             mean_loss = total / (len(batch) * world.size)
-            if not math.isfinite(mean_loss) or (plain_norm is not None and not math.isfinite(plain_norm)):
-                raise _non_finite(step, mean_loss, plain_norm, windows, order, run)
 
-            # Update
+            # Judge, and update
+            reason = rule.judge_loss(mean_loss)
             lr = learning_rate(config.optimizer, step, config.steps)
             set_learning_rate(model.optimizer.param_groups, lr)
-            model.step()
-            norm = plain_norm if plain_norm is not None else float(model.get_global_grad_norm())
-            if not model.was_step_applied() or not math.isfinite(norm):
-                raise _non_finite(step, mean_loss, norm, windows, order, run)
+            norm, made = guard.update(rule.highest_norm if reason is None else -1.0)
+            if made:
+                rule.accept(mean_loss, norm)
+            else:
+                reason = reason or rule.judge_norm(norm)
+                assert reason is not None, "an update is refused for a reason"
+                action = rule.action(mean_loss, norm)
+                line = f"step {step}: {reason}; the update was not made. {_documents(step, rule, windows, order, run)}"
+                if action is FaultAction.stop:
+                    raise NonFiniteError(
+                        f"{line} Lower optimizer.lr, look at these texts, or give faults.nonfinite=skip (or "
+                        f"faults.spike_action); the newest checkpoint is intact"
+                    )
+                reporter.tell(line)
+                if action is FaultAction.rewind:
+                    saver.wait()
+                    watchdog.rest()
+                    step = _rewind(config, world, run, model, rule, step, line)
+                    reporter.rewind(to=step, after=rule.rewinds[-1]["from"], reason=reason)
+                    ahead = read_ahead(step + 1)
+                    reporter.start_clock()
+                    continue
+                rule.skip(step)
             tokens_seen = step * config.batch.sequences * config.model.context
-            reporter.step(step=step, loss=mean_loss, lr=lr, grad_norm=norm, tokens=tokens_seen)
+            reporter.step(
+                step=step,
+                loss=mean_loss,
+                lr=lr,
+                grad_norm=norm,
+                tokens=tokens_seen,
+                skipped=None if made else reason,
+                batch=step + rule.offset if rule.offset else None,
+                layers=layers,
+            )
             watchdog.rest()
+            profile.after(step)
 
             # Evaluate, save, stop
             last = step == config.steps or stopping > 0
+            measured = None
             if run.evaluates and (_due(step, config.evaluate.every_steps) or step == config.steps):
                 doing[0] = f"evaluation after step {step}"
-                reporter.evaluation(step=step, validation_loss=_evaluate(config, world, model, run.shards))
+                measured = _evaluate(config, world, model, run.shards)
+                reporter.evaluation(step=step, validation_loss=measured, sample=_sample(config, world, model))
             if last or _due(step, config.checkpoint.every_steps):
                 doing[0] = f"checkpoint of step {step}"
-                reporter.sync()
-                _save(config, world, run, model, step)
+                _save(config, run, model, saver, reporter, rule, step, measured)
+            if last:
+                saver.wait()
             if stopping and step < config.steps:
                 reporter.tell(f"stopped by a signal after step {step}, saved; the same command goes on from there")
                 return REQUEUE_EXIT_CODE
             reporter.start_clock()
-        reporter.sync()
         reporter.tell(f"{run.folder}: complete at step {config.steps}")
         return 0
     finally:
+        # A collective's error means that a rank is gone: its part of a save would be waited for in vain.
+        if not isinstance(sys.exc_info()[1], RuntimeError):
+            saver.close()
         watchdog.close()
         reader.shutdown(wait=False, cancel_futures=True)
+        profile.close()
         reporter.close()
-
-
-# -------------------------------------------------------------------------------------------------- the run's folder
-
-
-@dataclass
-class _Run:
-    folder: Path
-    shards: TokenShards
-    start_step: int
-    start_from: Path | None
-    """The checkpoint to go on from."""
-    claim: claim.Claim | None
-    """On rank 0 alone."""
-    evaluates: bool
-
-    def tell(self, line: str) -> None:
-        """One line for people, from rank 0."""
-        if self.claim is not None:
-            print(line, file=sys.stderr, flush=True)
-
-
-def _open_run(config: TrainConfig, world: World, held: contextlib.ExitStack) -> _Run:
-    """Locks the run folder, verifies the data, finds the checkpoint; on rank 0, and all ranks follow."""
-    folder = Path(config.run_dir)
-    found: list[tuple[claim.Claim, TokenShards]] = []
-
-    def decide() -> int:
-        held.enter_context(claim.lock(folder))
-        claim.refuse_other_folder(folder)
-        shards = TokenShards.open(config.data.path, verify=config.data.verify)
-        _check_data(config, shards)
-        wanted = claim.identity(config, shards.fingerprint)
-        if config.overwrite and not claim.restarted():
-            claim.discard(folder)
-        claimed = claim.claim(folder, wanted)
-        newest = checkpoint.newest_whole(folder)
-        step = -1
-        if newest is not None:
-            state = checkpoint.read_state(newest)
-            step = int(state["step"])
-            stands = {f"model.{name}": value for name, value in state["model"].items()}
-            claim.refuse_changes(folder, wanted, stands | state.get("identity", {}))
-        claim.refuse_lost_checkpoints(claimed, step)
-        found.append((claimed, shards))
-        return step
-
-    step = on_rank_zero(world, decide)
-    claimed, shards = found[0] if found else (None, TokenShards.open(config.data.path, verify=False))
-    validation_windows = len(TokenWindows(shards.split("validation"), config.model.context))
-    run = _Run(
-        folder,
-        shards,
-        start_step=max(step, 0),
-        start_from=folder / CHECKPOINTS / checkpoint.folder_name(step) if step >= 0 else None,
-        claim=claimed,
-        evaluates=config.evaluate.every_steps > 0 and validation_windows > 0,
-    )
-    if run.start_step < config.steps and claimed is not None:
-        if run.start_from is not None:
-            run.tell(f"goes on from {run.start_from}")
-        for line in _changes(config, folder):
-            run.tell(line)
-        if config.evaluate.every_steps > 0 and not run.evaluates:
-            run.tell(f"no validation loss: the validation split has no {config.model.context} tokens and a target")
-        claimed.record()
-        _write_records(config, folder, shards, world)
-    return run
-
-
-def _check_data(config: TrainConfig, shards: TokenShards) -> None:
-    """Raises ConfigError when the model cannot be trained on these tokens."""
-    split = shards.split("train")
-    faults = []
-    if shards.vocabulary > config.model.vocabulary:
-        faults.append(
-            f"model.vocabulary={config.model.vocabulary}: the tokens in {config.data.path} go up to "
-            f"{shards.vocabulary - 1}; give model.vocabulary={shards.vocabulary}"
-        )
-    if len(TokenWindows(split, config.model.context)) < 1:
-        faults.append(
-            f"model.context={config.model.context}: the {split.tokens} training tokens in {config.data.path} are fewer "
-            f"than one sequence and its target; give more text, or a model with a shorter context"
-        )
-    if faults:
-        raise ConfigError(faults)
-
-
-def _changes(config: TrainConfig, folder: Path) -> Iterator[str]:
-    """What the settings of this start change of the last one's, for a person to notice."""
-    if not (folder / CONFIG).exists():
-        return
-    try:
-        before = _flat(asdict(read_run_config(folder)))
-    except ConfigError as error:
-        yield f"the settings of the last start cannot be compared: {error}"
-        return
-    now = _flat(asdict(config))
-    silent = ("run_dir", "overwrite", "data.path", "logging.", "checkpoint.", "data.verify")
-    for name in sorted(now):
-        if before.get(name) != now[name] and not name.startswith(silent):
-            yield f"changed since the last start: {name} {before.get(name)} → {now[name]}"
-    if before.get("steps") != now["steps"]:
-        yield (
-            f"the learning rate from here on follows the {config.optimizer.schedule.name} schedule of "
-            f"{config.steps} steps; the part behind was of {before.get('steps')}"
-        )
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return flat
-
-
-def _write_records(config: TrainConfig, folder: Path, shards: TokenShards, world: World) -> None:
-    """config.yaml and versions.json: what this start runs with."""
-    replace_file(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
-    versions: dict[str, Any] = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    content = {
-        "versions": versions,
-        "git_commit": _git_commit(),
-        "data": {"path": str(Path(config.data.path).resolve()), "fingerprint": shards.fingerprint},
-        "tokenizer_sha256": shards.tokenizer_sha256,
-        "processes": world.size,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-    }
-    replace_file(folder / VERSIONS, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def _git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, with `-dirty` when files differ; None outside of one."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = [
-            "git",
-            "-C",
-            str(Path(__file__).parent),
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=40",
-            "--exclude=*",
-        ]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return answer.stdout.strip() or None
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------ parts of a step
@@ -355,10 +252,34 @@ def _evaluate(config: TrainConfig, world: World, model: Any, shards: TokenShards
     )
 
 
-def _save(config: TrainConfig, world: World, run: _Run, model: Any, step: int) -> None:
+def _sample(config: TrainConfig, world: World, model: Any) -> str | None:
+    if not config.evaluate.sample_prompt:
+        return None
+    model.eval()
+    try:
+        return sample_text(model, config.evaluate, context=config.model.context, device=world.device)
+    finally:
+        model.train()
+
+
+def _save(
+    config: TrainConfig,
+    run: claim.Run,
+    model: Any,
+    saver: Saver,
+    reporter: Reporter,
+    rule: FaultRule,
+    step: int,
+    validation_loss: float | None,
+) -> None:
+    """Copies the state of `step`; the rest is the saver's. Records of metrics.jsonl are on the disk before it is."""
+    saver.wait()  # two captured states at once would be twice the memory
+    captured = checkpoint.capture(engine.state_tensors(model), run.world)
     state = {
         "step": step,
         "tokens": step * config.batch.sequences * config.model.context,
+        "updates": rule.updates(step),
+        "validation_loss": validation_loss,
         "model": asdict(config.model),
         "identity": claim.identity(config, run.shards.fingerprint),
         "schedule": {
@@ -373,36 +294,63 @@ def _save(config: TrainConfig, world: World, run: _Run, model: Any, step: int) -
         "data": {
             "fingerprint": run.shards.fingerprint,
             "tokenizer_sha256": run.shards.tokenizer_sha256,
-            "next_sequence": step * config.batch.sequences,
+            "next_sequence": (step + rule.offset) * config.batch.sequences,
+            "document_mask": config.data.document_mask,
+            "reset_positions": config.data.reset_positions,
         },
-        "layout": {"processes": world.size, "zero_stage": config.zero.stage, "precision": config.precision.value},
+        "faults": rule.to_state(),
+        "layout": {
+            "processes": run.world.size,
+            "zero_stage": config.zero.stage,
+            "precision": config.precision.value,
+        },
     }
-    checkpoint.save(
-        run.folder, step, engine.state_tensors(model), state, world=world, keep_last=config.checkpoint.keep_last
-    )
-    if run.claim is not None:
-        run.claim.published = step
-        run.claim.record()
+    kept = config.checkpoint
+    keep = checkpoint.Keep(last=kept.keep_last, every_steps=kept.keep_every_steps, best=kept.keep_best)
+
+    def work(world: World) -> None:
+        reporter.sync()
+        checkpoint.write(run.folder, step, captured, state, world=world, keep=keep)
+        if run.claim is not None:
+            run.claim.published = step
+            run.claim.record()
+
+    saver.start(work)
 
 
-def _non_finite(
-    step: int, loss: float, norm: float | None, windows: TokenWindows, order: BatchOrder, run: _Run
-) -> NonFiniteError:
-    """The error that names a step's documents; its update was not made."""
+def _rewind(
+    config: TrainConfig, world: World, run: claim.Run, model: Any, rule: FaultRule, step: int, line: str
+) -> int:
+    """Loads the newest checkpoint of a step that was due, and tells the rule; gives its step.
+
+    One that a signal caused does not count: a run that was never told to stop would not have it.
+    """
+
+    def find() -> int:
+        found = checkpoint.newest_whole(run.folder, multiples_of=config.checkpoint.every_steps)
+        if found is None:
+            raise NonFiniteError(f"{line} There is no checkpoint to rewind to yet; give faults.nonfinite=skip")
+        return int(checkpoint.read_state(found)["step"])
+
+    to = on_rank_zero(world, find)
+    folder = run.folder / CHECKPOINTS / checkpoint.folder_name(to)
+    rule.rewind(step, to, checkpoint.read_state(folder))
+    with checkpoint.Reader(folder) as read:
+        engine.load_state_tensors(model, read, rule.updates(to))
+    return to
+
+
+def _documents(step: int, rule: FaultRule, windows: TokenWindows, order: BatchOrder, run: claim.Run) -> str:
+    """The documents of a step's batch by URL, for rank 0 to tell."""
     if run.claim is None:
-        return NonFiniteError(f"step {step}: not finite; rank 0 names the documents")
+        return "Rank 0 names the documents."
     urls: dict[str, None] = {}
-    for index in order.indices(step - 1):
+    for index in order.indices(step - 1 + rule.offset):
         for document in windows.split.documents(*windows.span(int(index))):
             urls[document.url] = None
     named = ", ".join(list(urls)[:NAMED_DOCUMENTS])
     rest = f" and {len(urls) - NAMED_DOCUMENTS} more" if len(urls) > NAMED_DOCUMENTS else ""
-    what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-    return NonFiniteError(
-        f"step {step}: {what}; the update was not made. Its {len(urls)} documents: {named}{rest} "
-        f"(gpt2train trace run={run.folder} step={step}). Lower optimizer.lr, or look at these texts; "
-        f"the newest checkpoint is intact"
-    )
+    return f"Its {len(urls)} documents: {named}{rest} (gpt2train trace run={run.folder} step={step})."
 
 
 def _set_determinism(config: TrainConfig, world: World) -> None:

@@ -34,7 +34,7 @@ def tensors(seed: int) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, torch.
 
 def write(run_dir: Path, *steps: int, keep_last: int = 0) -> Path:
     for step in steps:
-        save(run_dir, step, tensors(step), {"step": step, "model": {}}, keep_last=keep_last)
+        save(run_dir, step, tensors(step), {"step": step, "model": {}}, keep=checkpoint.Keep(last=keep_last))
     return run_dir / "checkpoints"
 
 
@@ -77,7 +77,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["step_00000030", "step_00000040"]
     # A checkpoint of a later step that could not be resumed from does not push out the one just written.
     (folder / "step_00000040" / "state.json").write_text("{}")
-    save(tmp_path, 35, tensors(35), {"step": 35, "model": {}}, keep_last=1)
+    save(tmp_path, 35, tensors(35), {"step": 35, "model": {}}, keep=checkpoint.Keep(last=1))
     assert sorted(os.listdir(folder)) == ["step_00000035", "step_00000040"]
     assert newest_whole(tmp_path) == folder / "step_00000035"
 
@@ -270,3 +270,16 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path: Path) -> None:
 def test_reading_needs_no_deepspeed() -> None:
     code = "import sys, gpt2train.checkpoint; sys.exit('deepspeed' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_every_nth_and_the_best_stay(tmp_path: Path) -> None:
+    losses = {10: 3.5, 20: 3.0, 30: 3.2, 40: None, 50: 3.1, 60: 3.3}
+    for step, loss in losses.items():
+        state = {"step": step, "model": {}, "validation_loss": loss}
+        save(tmp_path, step, tensors(step), state, keep=checkpoint.Keep(last=1, every_steps=30, best=True))
+        kept = {int(path.name[5:]) for path in (tmp_path / "checkpoints").iterdir()}
+        past = {s: v for s, v in losses.items() if s <= step}
+        best = min((s for s, v in past.items() if v is not None), key=lambda s: losses[s])  # type: ignore[arg-type,return-value]
+        assert kept == {step, best} | {s for s in past if s % 30 == 0}
+    assert newest_whole(tmp_path, multiples_of=20) == tmp_path / "checkpoints" / "step_00000060"
+    assert newest_whole(tmp_path, multiples_of=40) is None

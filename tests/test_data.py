@@ -35,6 +35,8 @@ def counting(tokens: int, context: int) -> TokenWindows:
 def test_an_epoch_is_a_permutation(size: int) -> None:
     for seed, epoch in ((0, 0), (1337, 7), (-5, 2**40)):
         assert np.array_equal(np.sort(permute(np.arange(size), size, seed=seed, epoch=epoch)), np.arange(size))
+        moved = permute(np.arange(size), size, seed=seed, epoch=epoch)
+        assert np.array_equal(permute(moved, size, seed=seed, epoch=epoch, inverse=True), np.arange(size))
 
 
 @given(st.integers(1, 2**40), st.integers(0, 2**63 - 1), st.integers(0, 2**20), st.data())
@@ -73,6 +75,15 @@ def test_every_window_once_an_epoch_across_batch_borders(windows: int, sequences
         assert np.array_equal(np.sort(row[epoch * windows : (epoch + 1) * windows]), np.arange(windows))
     for step in range(steps):
         assert order.epoch(step) == step * sequences // windows
+
+
+def test_a_window_knows_its_places() -> None:
+    order = BatchOrder(7, windows=10**10, sequences=512)
+    for step in (0, 5, 10**8):  # the last one is in another epoch
+        indices = order.indices(step)
+        epochs = (step * 512 + np.arange(512)) // order.windows
+        assert len(set(epochs.tolist())) == 1
+        assert np.array_equal(order.places(indices, int(epochs[0])), step * 512 + np.arange(512))
 
 
 def test_a_batch_needs_no_history() -> None:

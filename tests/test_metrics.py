@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2train.config import ModelConfig, Precision, TrainConfig, WandbMode
-from gpt2train.metrics import MetricsFile, Reporter, Wandb, duration, peak_flops
+from gpt2train.metrics import MetricsFile, Reporter, TensorBoard, Wandb, duration, peak_flops
 
 
 def lines(run_dir: Path) -> list[bytes]:
@@ -179,3 +179,46 @@ def test_no_account_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sink.close()
     assert len(told) == 1
     assert told[0].startswith("Weights & Biases is off for this start (")
+
+
+def test_tensorboard_shows_one_curve_after_a_kill_and_a_rewind(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = config(tmp_path)
+    settings.logging.tensorboard = True
+
+    def start(first: int, last: int, rewind: tuple[int, int] | None = None) -> None:
+        reporter = Reporter(settings, active=True, run_id="x", after_step=first - 1, ranks=1, device_name="cpu")
+        step = first
+        while step <= last:
+            if rewind and step == rewind[0]:
+                step, rewind = rewind[1] + 1, None
+                reporter.rewind(to=step - 1, after=step + 2, reason="loss nan")
+            layers = {"h.0": {"grad_norm": step * 2.0}} if step == 10 else None
+            reporter.step(step=step, loss=1 / step, lr=1e-3, grad_norm=0.5, tokens=step, layers=layers)
+            step += 1
+        reporter.evaluation(step=last, validation_loss=2.0, sample="Once upon a time")
+        reporter.close()
+
+    start(1, 14)  # killed; the newest checkpoint is of step 8
+    start(9, 20, rewind=(13, 9))
+    events = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(s, pytest.approx(1 / s)) for s in range(1, 21)]
+    assert [(e.step, e.value) for e in events.Scalars("layers/h.0/grad_norm")] == [(10, 20.0)]
+    assert [e.step for e in events.Scalars("validation_loss")] == [20]
+    assert events.Tensors("sample/text_summary")[-1].tensor_proto.string_val == [b"Once upon a time"]
+    entries = [json.loads(line) for line in lines(tmp_path)]
+    assert [e["step"] for e in entries if "loss" in e] == list(range(1, 21))
+    assert [e["step"] for e in entries if "rewound_from" in e] == [10]
+
+
+def test_without_tensorboard_a_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    settings = config(tmp_path)
+    settings.logging.tensorboard = True
+    told: list[str] = []
+    sink = TensorBoard(settings, 0, told.append)
+    sink.log({"step": 1, "loss": 1.0})
+    sink.close()
+    assert told == ["TensorBoard is off: it is not installed; `pip install gpt2train[tensorboard]`"]

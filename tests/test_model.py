@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train import model as model_module
-from gpt2train.config import ModelConfig, flops_per_token, parameter_count
+from gpt2train.config import ActivationCheckpointing, ModelConfig, flops_per_token, parameter_count
 from gpt2train.model import GPT, KeyValueCache
 
 SMALL = ModelConfig()
@@ -213,13 +214,51 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     config = ModelConfig(**{**vars(TINY), "dropout": 0.2})
     x = tokens(config, 3, config.context + 1)
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in ActivationCheckpointing:
         model = GPT(config, seed=2, activation_checkpointing=checkpointing)
         torch.manual_seed(9)
         model(x[:, :-1], x[:, 1:]).backward()
         gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    for recomputed in gradients[1:]:
+        for one, other in zip(gradients[0], recomputed, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("checkpointing", ActivationCheckpointing)
+def test_masked_attention_is_a_loop_over_the_documents(reset: bool, checkpointing: ActivationCheckpointing) -> None:
+    """Logits and gradients of packed sequences are those of each document by itself, at its own positions."""
+    config = ModelConfig(layers=2, channels=24, heads=2, context=40)
+    packed, alone = (
+        GPT(config, seed=2, activation_checkpointing=checkpointing, document_mask=True, reset_positions=reset),
+        GPT(config, seed=2),
+    )
+    x = tokens(ModelConfig(vocabulary=300), 3, 40)
+    for row, ends in enumerate(([7, 8, 30], [0, 39], [])):
+        x[row, ends] = END_OF_TEXT
+    got = packed(x)
+    rows = []
+    for row in range(3):
+        starts = sorted({0, *(x[row] == END_OF_TEXT).nonzero().flatten().tolist()})
+        pieces = []
+        for start, stop in zip(starts, [*starts[1:], 40], strict=True):
+            # Alone, at the positions that it has in the sequence or, reset, from 0 on.
+            positions = torch.arange(stop - start) + (0 if reset else start)
+            h = alone.wte(x[row : row + 1, start:stop]) + alone.wpe(positions)
+            for block in alone.h:
+                h = block(h)
+            pieces.append(F.linear(alone.ln_f(h), alone.wte.weight)[..., : config.vocabulary])
+        rows.append(torch.cat(pieces, dim=1))
+    expected = torch.cat(rows)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert (alone(x) - expected).abs().max() > 1e-3, "without the mask it must differ, or this test says nothing"
+    weights = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    alone.zero_grad()
+    (got * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for name, parameter in packed.named_parameters():
+        reference = alone.get_parameter(name).grad
+        assert (parameter.grad - reference).norm() < 1e-5 * reference.norm() + 1e-6, name
 
 
 def test_dropout_is_off_in_eval_and_on_in_train() -> None:

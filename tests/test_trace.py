@@ -96,19 +96,21 @@ def test_epochs_run_on_within_a_batch(data: Path, config: TrainConfig) -> None:
             assert part.epoch == ((step - 1) * SEQUENCES + part.sequence) // windows
 
 
-@pytest.mark.parametrize("scan_sequences", [1, 10, 1 << 20])
+@pytest.mark.parametrize("rewound", [False, True])
 @pytest.mark.parametrize("last_step", [1, 7, STEPS])
 def test_the_steps_of_a_url_are_those_that_show_it(
-    data: Path, config: TrainConfig, last_step: int, scan_sequences: int, monkeypatch: pytest.MonkeyPatch
+    data: Path, config: TrainConfig, last_step: int, rewound: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trace_module, "SCAN_SEQUENCES", scan_sequences)
     monkeypatch.setattr(trace_module, "SCAN_TOKENS", 50)  # documents lie across these borders
     split = TokenShards.open(data).split("train")
-    everything = [part for step in range(1, last_step + 1) for part in documents_of_step(split, config, step)]
+    # Rewound twice: from step 11 to 6, from 33 to 30.
+    batches = {s: s + (5 if s <= 30 else 8) for s in range(7, STEPS + 1)} if rewound else {}
+    steps = range(1, last_step + 1)
+    everything = [part for step in steps for part in documents_of_step(split, config, step, batches=batches)]
     found = 0
     for url in URLS:
         expected = [part for part in everything if part.document.url == url]
-        assert steps_of_url(split, config, url, last_step=last_step) == expected
+        assert steps_of_url(split, config, url, last_step=last_step, batches=batches) == expected
         found += len(expected)
     assert found == len(everything) > 0
 

@@ -42,8 +42,13 @@ def settings(tokens: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
     return {**TINY, "data.path": str(tokens), "run_dir": str(run_dir), "steps": STEPS, **dotted}
 
 
-def plain_run(tokens: Path, steps: int) -> tuple[list[float], list[float]]:
-    """The same run in plain PyTorch, the whole batch at once, torch's own loss and AdamW: losses, gradient norms."""
+def plain_run(
+    tokens: Path, steps: int, *, skip: tuple[int, ...] = (), shift: tuple[int, int] = (0, 0)
+) -> tuple[list[float], list[float]]:
+    """The same run in plain PyTorch, the whole batch at once, torch's own loss and AdamW: losses, gradient norms.
+
+    No update is made at the steps `skip`; after step `shift[0]` the batches are those of `shift[1]` steps later.
+    """
     config = ModelConfig(layers=2, channels=16, heads=2, context=16)
     optimizer_config = OptimizerConfig(lr=1e-3, warmup_steps=5)
     windows = TokenWindows(TokenShards.open(tokens).split("train"), config.context)
@@ -59,14 +64,17 @@ def plain_run(tokens: Path, steps: int) -> tuple[list[float], list[float]]:
     )
     losses, norms = [], []
     for step in range(steps):
-        rows = torch.from_numpy(np.stack([windows[i] for i in order.indices(step)]).astype(np.int64))
+        rows = torch.from_numpy(
+            np.stack([windows[i] for i in order.indices(step + (shift[1] if step >= shift[0] else 0))]).astype(np.int64)
+        )
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(optimizer_config, step + 1, steps)
-        optimizer.step()
+        if step + 1 not in skip:
+            optimizer.step()
         losses.append(loss.item())
     return losses, norms
 
@@ -87,11 +95,48 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         stage, changes = int(name[-1]), {"precision": "bf16", "steps": 25} if low else {}
         return [cut(name, f"{name} again", 20 if low else 40), job(f"{name} again", zero__stage=stage, **changes)]
 
+    def poison(kind: str, step: int) -> dict[str, Any]:
+        """Spoils one sequence of the batch of `step`."""
+        windows = TokenWindows(TokenShards.open(tokens).split("train"), 16)
+        window = int(BatchOrder(1337, len(windows), 8).indices(step - 1)[5])
+        return {"poison": {"kind": kind, "rows": [windows[window][:-1].tolist()]}}
+
+    skip, rewind = {"faults__nonfinite": "skip"}, {"faults__nonfinite": "rewind"}
+    spike = {
+        "faults__spike_sigma": 20.0,
+        "faults__spike_window": 10,
+        "faults__spike_action": "rewind",
+        "zero__stage": 0,
+    }
+    often = {"checkpoint__every_steps": 10, "steps": 25}
+    for_ever = {"optimizer__lr": 1e30, "optimizer__warmup_steps": 0, "steps": 10}
+    (folder / "no room").mkdir()
+    (folder / "no room" / "checkpoints").write_text("a file where a folder should be")
+    faulty = [
+        *(job(f"skip zero{s}", **skip, zero__stage=s, steps=25) | poison("gradient", 12) for s in (0, 2, 3)),
+        job("skip bf16", **skip, precision="bf16", steps=25) | poison("loss", 12),
+        *(job(f"rewind zero{s}", **rewind, **often, zero__stage=s) | poison("loss", 16) for s in (1, 2, 3)),
+        cut("rewind zero1", "rewind zero1 before", 10),
+        job("rewind zero1 before", **rewind, **often) | poison("loss", 16),
+        cut("rewind zero1", "rewind zero1 after", 20),
+        job("rewind zero1 after", **rewind, **often) | poison("loss", 16),
+        job("spike", **spike, **often) | poison("spike", 16),
+        job("no way back", **rewind, steps=25) | poison("loss", 12),
+        job("limit", **skip, **for_ever, faults__limit=2),
+        job("no room", steps=40),
+    ]
     parity = [job(f"zero{stage}", zero__stage=stage) for stage in (0, 1, 2, 3)]
     low = [job(f"bf16 zero{stage}", zero__stage=stage, precision="bf16", steps=25) for stage in (1, 2, 3)]
     dropout = [job("dropout", model__dropout=0.1, steps=10)]
     starts = [
-        (1, [job("one"), job("dropout alone", model__dropout=0.1, steps=10)]),
+        (
+            1,
+            [
+                job("one"),
+                job("dropout alone", model__dropout=0.1, steps=10),
+                job("recomputed zero1", activation_checkpointing="selective", steps=10),
+            ],
+        ),
         (
             2,
             [
@@ -110,8 +155,10 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
                 # the same layout again from a checkpoint
                 *(part for name in AGAIN for part in again(name)),
                 job("recomputed zero3", zero__stage=3, activation_checkpointing="full", steps=10),
-                job("diverges", optimizer__lr=1e30, optimizer__warmup_steps=0, steps=10),
-                job("diverges zero0", zero__stage=0, optimizer__lr=1e30, optimizer__warmup_steps=0, steps=10),
+                job("in front", checkpoint__background=False, steps=25, precision="bf16"),
+                job("diverges", **for_ever),
+                job("diverges zero0", zero__stage=0, **for_ever),
+                *faulty,
             ],
         ),
         (
@@ -187,7 +234,8 @@ def test_other_ranks_and_stages_go_on_within_rounding(runs: tuple[Path, dict[str
         got = losses_of(folder / name)
         assert largest_difference(got, losses_of(folder / reference)[: len(got)]) < 1e-5, name
     # Ten steps have another schedule than fifty once the warm-up of five is over.
-    assert largest_difference(losses_of(folder / "recomputed zero3")[:6], losses_of(folder / "zero1")[:6]) < 1e-5
+    for name in ("recomputed zero3", "recomputed zero1"):
+        assert largest_difference(losses_of(folder / name)[:6], losses_of(folder / "zero1")[:6]) < 1e-5
     assert largest_difference(losses_of(folder / "bf16 zero1-3"), losses_of(folder / "bf16 zero1")) < 0.01
 
 
@@ -238,6 +286,79 @@ def test_an_update_that_is_not_finite_is_not_made(runs: tuple[Path, dict[str, An
         step = int(message.split()[1].rstrip(":"))
         assert losses_of(folder / name)[-1:] != []
         assert len(losses_of(folder / name)) == step - 1
+
+
+def entries_of(run: Path) -> list[dict[str, Any]]:
+    """Lines of steps, without what the clock says."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in entries if "loss" in entry]
+
+
+def test_a_skipped_step_leaves_weights_and_moments_as_they_were(
+    tokens: Path, runs: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, answers = runs
+    plain, _ = plain_run(tokens, 25, skip=(12,))
+    assert largest_difference(plain[12:], plain_run(tokens, 25)[0][12:]) > 1e-4, "one update less must be seen"
+    for stage in (0, 2, 3):
+        name = f"skip zero{stage}"
+        assert answers[name]["codes"] == [0, 0]
+        assert largest_difference(losses_of(folder / name), plain) < 1e-5, name
+        assert [e["step"] for e in entries_of(folder / name) if "skipped" in e] == [12]
+        state = json.loads((folder / name / "checkpoints" / "step_00000025" / "state.json").read_text())
+        assert (state["faults"]["skipped"], state["updates"]) == ([12], 24)
+    assert "step 12: gradient norm" in answers["skip zero2"]["stderr"]
+    low = entries_of(folder / "skip bf16")
+    assert (low[11]["loss"], low[11]["skipped"]) == (None, "loss nan")
+    assert all(np.isfinite(entry["loss"]) for entry in low if entry["step"] != 12)
+
+
+def test_a_rewound_run_goes_on_from_the_checkpoint_with_the_batches_behind_the_faulty_one(
+    tokens: Path, runs: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, answers = runs
+    plain, _ = plain_run(tokens, 25, shift=(10, 6))
+    for name in ("rewind zero1", "rewind zero2", "rewind zero3", "spike"):
+        assert answers[name]["codes"] == [0, 0]
+        assert largest_difference(losses_of(folder / name), plain) < 1e-5, name
+        entries = entries_of(folder / name)
+        assert [e["step"] for e in entries if "rewound_from" in e] == [11]
+        assert [e["batch"] for e in entries if "batch" in e] == list(range(17, 32))
+        state = json.loads((folder / name / "checkpoints" / "step_00000025" / "state.json").read_text())
+        assert state["faults"]["rewinds"] == [{"from": 16, "to": 10}]
+        assert state["data"]["next_sequence"] == (25 + 6) * 8
+    # Taken up before the rewind, which then happens again, or after it: the same run, bit for bit.
+    for name in ("rewind zero1 before", "rewind zero1 after"):
+        assert entries_of(folder / name) == entries_of(folder / "rewind zero1"), name
+        assert read_metrics(folder / name)[1] == read_metrics(folder / "rewind zero1")[1]
+    assert "step 16: loss nan; the update was not made. Its " in answers["rewind zero1"]["stderr"]
+    assert re.search(r"a spike: [\d.]+σ above", answers["spike"]["stderr"])
+    assert answers["no way back"]["codes"] == [6, 6]
+    assert "There is no checkpoint to rewind to yet" in answers["no way back"]["messages"][0]
+
+
+def test_faults_without_end_stop_the_run(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, answers = runs
+    assert answers["limit"]["codes"] == [6, 6]
+    skipped = [entry["step"] for entry in entries_of(folder / "limit") if "skipped" in entry]
+    assert len(skipped) == 2
+    assert answers["limit"]["messages"][0].startswith(f"step {skipped[-1] + 1}: ")
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_with_its_cause(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, answers = runs
+    assert answers["no room"]["codes"] == [5, 5]
+    assert "cannot be written" in answers["no room"]["messages"][0]
+    assert 20 <= len(losses_of(folder / "no room")) < 40
+
+
+def test_saving_in_the_background_writes_the_same_bytes(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = runs
+    in_front = folder / "in front" / "checkpoints" / "step_00000025"
+    files = sorted(in_front.glob("*.safetensors"))
+    assert len(files) == 4
+    for file in files:
+        assert file.read_bytes() == (folder / "bf16 zero1" / "checkpoints" / in_front.name / file.name).read_bytes()
 
 
 def test_a_run_says_what_it_will_do_and_keeps_what_it_ran_with(tokens: Path, runs: tuple[Path, dict[str, Any]]) -> None:

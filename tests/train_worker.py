@@ -3,15 +3,19 @@
     python train_worker.py jobs.json answers.json
 
 A job is {"train": {dotted setting: value}}, or {"cut": [from, to, step]}: copy a run folder without its checkpoints
-after `step`. Rank r writes the exit codes and messages of its jobs to `answers.json.r`.
+after `step`. With "poison": {"kind": …, "rows": [tokens of a sequence]} the loss or the gradient of any forward pass
+over such a sequence is spoilt, as a broken text or a broken chip would. Rank r writes the exit codes and messages of
+its jobs to `answers.json.r`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -23,7 +27,8 @@ def main() -> int:
         if "cut" in job:
             code, message = cut(*job["cut"], rank), ""
         else:
-            code, message = run(job["train"])
+            with poisoned(job.get("poison")):
+                code, message = run(job["train"])
         answers.append({"code": code, "message": message})
         Path(f"{sys.argv[2]}.{rank}").write_text(json.dumps(answers))
     return code
@@ -46,6 +51,36 @@ def run(settings: dict[str, object]) -> tuple[int, str]:
             raise
         print(error, file=sys.stderr, flush=True)
         return code, str(error)
+
+
+@contextlib.contextmanager
+def poisoned(poison: dict[str, object] | None) -> Iterator[None]:
+    if poison is None:
+        yield
+        return
+    import torch
+
+    from gpt2train import engine
+    from gpt2train.model import GPT
+
+    rows = torch.tensor(poison["rows"])
+
+    class Poisoned(GPT):
+        def forward(self, tokens, targets=None, cache=None):  # type: ignore[no-untyped-def]
+            result = super().forward(tokens, targets, cache)
+            if not self.training or not (tokens[:, None] == rows[None]).all(2).any():
+                return result
+            if poison["kind"] == "loss":
+                return result * float("nan")
+            if poison["kind"] == "gradient":
+                return result + (result * 0).sqrt()  # adds 0, whose derivative is 0 · ∞
+            return result * 50
+
+    engine.GPT = Poisoned  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        engine.GPT = GPT  # type: ignore[misc]
 
 
 def cut(source: str, target: str, step: int, rank: int) -> int:

@@ -52,12 +52,19 @@ def _quoted_list(override: str, key: str) -> str:
 def _print_steps(runs: Sequence[str], urls: set[str]) -> None:
     """One line a run on standard output: how many of its steps saw the documents of `urls`, and which."""
     from gpt2train.run_folder import read_run_config
-    from gpt2train.trace import documents_of_urls, open_data, steps_done, steps_of_documents
+    from gpt2train.trace import documents_of_urls, open_data, other_batches, steps_done, steps_of_documents
 
     for run in runs:
         split, done = open_data(Path(run)).split("train"), steps_done(run)
         documents = documents_of_urls(split, urls)
-        steps = sorted({s.step for s in steps_of_documents(split, read_run_config(run), documents, last_step=done)})
+        steps = sorted(
+            {
+                s.step
+                for s in steps_of_documents(
+                    split, read_run_config(run), documents, last_step=done, batches=other_batches(run)
+                )
+            }
+        )
         which = f": {_ranges(steps)}" if steps else ""
         print(f"{run}: {len(steps)} of {done} steps saw {len(documents)} texts that are to be forgotten{which}")
 

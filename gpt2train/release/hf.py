@@ -268,9 +268,17 @@ def read_model(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
-    """The model of a run folder, a checkpoint folder or a folder in Hugging Face format, in fp32 and eval mode."""
+    """The model of a run folder, a checkpoint folder or a folder in Hugging Face format, in fp32 and eval mode.
+
+    One that was trained with `data.document_mask` is evaluated with it.
+    """
     config, weights = read_model(path)
-    model = GPT(config)
+    data = {} if is_hf_folder(path) else checkpoint.read_state(checkpoint.resolve(path)).get("data", {})
+    model = GPT(
+        config,
+        document_mask=bool(data.get("document_mask", False)),
+        reset_positions=bool(data.get("reset_positions", False)),
+    )
     model.load_state_dict(weights)
     return model.to(device).eval()
 
