@@ -154,6 +154,14 @@ def split_rescue_index(indexes: Sequence[Path], outputs: Sequence[Path], config:
 
 def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
     corpus = Corpus(out)
+    return extract_rows(out, k, config, 0, None, (corpus.table("extract", k), corpus.verdicts("extract", k)))
+
+
+def extract_rows(
+    out: Path, k: int, config: ExtractConfig, start: int, rows: int | None, outputs: tuple[Path, Path]
+) -> dict[str, Any]:
+    """Documents and verdicts of `rows` pages (None: all) of shard `k`, from row `start` on."""
+    corpus = Corpus(out)
 
     def read_body(page: dict[str, Any]) -> tuple[bytes, str] | Rejected:
         tick(1)
@@ -165,7 +173,7 @@ def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
             return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: other bytes", {})
         return response.body, response.content_type
 
-    pages = pq.read_table(corpus.table("fetch", k))
+    pages = pq.read_table(corpus.table("fetch", k)).slice(start, rows)
     forgotten = (forget.read_forget_list(corpus) or forget.ForgetList(frozenset(), {})).rows(pages)
     gone = pc.is_in(pages["index"], value_set=pa.array(list(forgotten), pa.int64()))
     documents, verdicts = extract.extract_shard(pages.filter(pc.invert(gone)), config, read_body)
@@ -174,7 +182,16 @@ def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
         [Verdict(p["index"], p["url"], DROPPED, forget.REASON, forgotten[p["index"]]) for p in refused]
     )
     verdicts = pa.concat_tables([verdicts, taken_down]).sort_by("index")
-    write_table(documents, corpus.table("extract", k))
+    write_table(documents, outputs[0])
+    write_table(verdicts, outputs[1])
+    return count_states(verdicts)
+
+
+def join_extracted(out: Path, k: int, parts: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
+    """The parts of a large shard, in their order: the same tables that `extract_pages` would have made in one go."""
+    corpus = Corpus(out)
+    verdicts = pa.concat_tables([pq.read_table(v) for _, v in parts])
+    write_table(pa.concat_tables([pq.read_table(d) for d, _ in parts]), corpus.table("extract", k))
     write_table(verdicts, corpus.verdicts("extract", k))
     return count_states(verdicts)
 

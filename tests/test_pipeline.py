@@ -24,7 +24,9 @@ from pydoc_data.topics import topics
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 
+from data_pipeline import pipeline
 from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.layout import Corpus
 from data_pipeline.ledger import funnel
@@ -279,6 +281,23 @@ def test_one_worker_gives_the_same_bytes_as_two(built: tuple[Path, Path, str], a
     out = archived(built, tmp_path / "one")
     run(*settings(built[0], address, out), "workers=1")
     assert tree(out, *RESULT) == tree(built[1], *RESULT)
+
+
+def test_a_large_shard_in_parts_gives_the_same_bytes(
+    built: tuple[Path, Path, str], address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = archived(built, tmp_path / "parts")
+    config = OmegaConf.to_object(
+        OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(built[1] / "config.yaml"))
+    )
+    assert isinstance(config, CorpusConfig)
+    config.out = str(out)
+    monkeypatch.setattr(pipeline, "LEAST_PART_ROWS", 4)
+    assert build_corpus(config) == 0
+    assert not (out / "extract_parts").exists()
+    assert tree(out, *RESULT, "extract") == tree(built[1], *RESULT, "extract")
+    largest = max(pq.read_metadata(p).num_rows for p in (out / "fetch").glob("[0-9]*[0-9].parquet"))
+    assert largest > 8  # so there were parts
 
 
 def test_kill_9_at_random_moments_changes_no_byte(built: tuple[Path, Path, str], address: str, tmp_path: Path) -> None:
