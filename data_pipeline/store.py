@@ -224,14 +224,24 @@ def recorded_outputs(step: Step, marker: Mapping[str, Any]) -> tuple[Path, ...]:
 
 
 def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Sequence[Path] = ()) -> None:
-    """Write the marker, last of all: `counts` is what the step says of its rows."""
+    """Write the marker, last of all: `counts` is what the step says of its rows.
+
+    Raises StorageError when a file that was written, maybe by another machine, is not seen here.
+    """
+    written = _hashes_of(step.outputs or outputs, step, hashes)
+    unseen = [name for name, digest in written.items() if digest is None]
+    if unseen:
+        raise StorageError(
+            f"{step.folder.parent / unseen[0]}: written, but not to be seen; on NFS, mount with lookupcache=positive, "
+            "then run the same command again"
+        )
     write_json(
         {
             "stage": step.stage,
             "version": step.version,
             "settings": dict(step.settings),
             "inputs": _hashes_of(step.inputs, step, hashes),
-            "outputs": _hashes_of(step.outputs or outputs, step, hashes),
+            "outputs": written,
             "counts": dict(counts),
         },
         step.marker,

@@ -139,6 +139,22 @@ def test_a_node_with_another_folder_or_other_versions_is_refused_by_name(tmp_pat
     assert (tmp_path / "touched").exists()
 
 
+def test_a_step_whose_file_is_not_seen_here_is_not_marked_as_done(tmp_path: Path) -> None:
+    from data_pipeline.records import StorageError
+    from data_pipeline.store import Hashes, Step, mark_done
+
+    (tmp_path / "s" / "00000.parquet").parent.mkdir()
+    (tmp_path / "s" / "00000.parquet").touch()
+    outputs = (tmp_path / "s" / "00000.parquet", tmp_path / "s" / "00000.verdicts.parquet")
+    step = Step("s", "00000", tmp_path / "s", {}, (), outputs)
+    with pytest.raises(StorageError, match=r"00000\.verdicts\.parquet: written, but not to be seen"):
+        mark_done(step, {}, Hashes())
+    assert not step.marker.exists()
+    outputs[1].touch()
+    mark_done(step, {}, Hashes())
+    assert step.marker.exists()
+
+
 HOLD = """
 import sys, time
 from pathlib import Path
