@@ -573,8 +573,9 @@ def test_busy_hosts_are_left_alone_as_long_as_they_ask(tmp_path: Path, site: Sit
         "/always": ("failed", "http_status"),
     }
     asked = collections.Counter(site.paths())
-    assert asked == {"/429": 2, "/503": 2, "/500": 2, "/reset": 4, "/never": 1, "/always": 3}
-    # (/reset's first try met a kept-alive connection that the server had closed, so it did not count.)
+    # A first try that met a kept-alive connection which the server had closed does not count.
+    assert asked.pop("/reset") in (3, 4)
+    assert asked == {"/429": 2, "/503": 2, "/500": 2, "/never": 1, "/always": 3}
     first = next(r.at for r in site.requests if r.path == "/429")
     following = min(r.at for r in site.requests if r.at > first)
     assert following - first >= 1.0  # the whole host rests, not only the one URL
@@ -585,6 +586,7 @@ def test_busy_hosts_are_left_alone_as_long_as_they_ask(tmp_path: Path, site: Sit
 
 def test_dripping_hosts_do_not_stop_the_good_ones(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scheduler, "SLOW_AFTER_S", 0.3)
+    monkeypatch.setattr(scheduler, "NEW_SLOW_AFTER_S", 0.3)
     drippers = [f"d{i}.test" for i in range(100)]
     good = [f"g{i}.test" for i in range(20)]
     site.default = drip(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n", b"X", 0.3)

@@ -46,14 +46,15 @@ class Job:
 
 
 class Host:
-    """A host's queue of (not before, sequence, job), when it may be asked next, its delay as far as it is known, and
-    whether it sent its last page quickly."""
+    """A host's queue of (not before, sequence, job), when it may be asked next, its delay as far as it is known,
+    whether it sent its last page quickly, and `strain`: by how much its delay is stretched since it said 429 or 503."""
 
-    __slots__ = ("busy", "delay_s", "failures", "name", "next_start", "queue", "quick")
+    __slots__ = ("busy", "delay_s", "failures", "name", "next_start", "queue", "quick", "strain")
 
     def __init__(self, name: str, delay_s: float) -> None:
         self.name = name
         self.delay_s = delay_s
+        self.strain = 1.0
         self.queue: list[tuple[float, int, Job]] = []
         self.next_start = 0.0
         self.busy = self.quick = False

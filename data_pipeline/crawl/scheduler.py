@@ -47,8 +47,10 @@ GIVE_UP_REASONS = frozenset(("dns", "connect", "tls", "timeout"))
 SYNC_EVERY_S = 2.0
 PROGRESS_EVERY_S = 0.2
 ESTIMATE_EVERY_S = 60.0
+STRAIN_GROWS, STRAIN_EASES, MAX_STRAIN = 2.0, 0.95, 32.0
+"""A 429 or 503 stretches a host's delay by the first, each page shrinks it again by the second."""
 LEAST_TURN_S = 0.05
-"""A host's turn takes at least about so long, for the order of hosts whose delay is 0."""
+"""What a delay of 0 counts as, where hosts are ordered by the time they need and where one has said 429 or 503."""
 TAIL_SHARE = 0.99
 """`tail_budget_s` runs once this share of the URLs is done."""
 
@@ -306,7 +308,7 @@ class Scheduler:
             if not decision.allowed:
                 raise FetchError(site.refusal_reason, rule)
         started = time.monotonic()
-        host.delay_s = self._delay_s(job.url)
+        host.delay_s = self._delay_s(host, job.url)
         self.rest_until(host.name, started + host.delay_s)
         conditions = job.earlier.conditions() if job.earlier and job.url == job.earlier.final_url else {}
         audit: dict[str, Any] = {
@@ -337,14 +339,15 @@ class Scheduler:
             raise
         finally:
             # Counted from the end of the request: then the server, too, sees at least the delay between two starts.
-            self.rest_until(host.name, time.monotonic() + self._delay_s(job.url))
+            self.rest_until(host.name, time.monotonic() + host.delay_s)
             job.spent_s += time.monotonic() - started
             job.shard.log.audit.write(audit)
         self._judge(host, job, reply, conditional=bool(conditions))
 
-    def _delay_s(self, url: str) -> float:
+    def _delay_s(self, host: Host, url: str) -> float:
         site = self.robots.known(origin_of(url)) if self.config.robots else None
-        return max(self.config.delay_s, site.delay_s if site is not None else 0.0)
+        delay_s = max(self.config.delay_s, site.delay_s if site is not None else 0.0)
+        return delay_s if host.strain == 1.0 else host.strain * max(delay_s, LEAST_TURN_S)
 
     def _rest(self, host: Host) -> None:
         heapq.heappush(self.resting, (host.next_start, next(self.sequence), host))
@@ -367,6 +370,7 @@ class Scheduler:
         elif reply.status == 429 or reply.status >= 500:
             self._back_off(host, job, reply)
         else:
+            host.strain = max(1.0, host.strain * STRAIN_EASES)
             self._decide(job, KEPT, None, None, reply, page_body(reply, self.config))
 
     def _keep_earlier(self, job: Job, reply: Reply) -> None:
@@ -392,7 +396,11 @@ class Scheduler:
         self._enqueue(job)
 
     def _back_off(self, host: Host, job: Job, reply: Reply) -> None:
-        """429 and 5xx: the host rests, then the URL gets another try."""
+        """429 and 5xx: the host rests and is asked more slowly from now on, then the URL gets another try."""
+        if reply.status in (429, 503):
+            host.strain = min(MAX_STRAIN, host.strain * STRAIN_GROWS)
+            host.delay_s = self._delay_s(host, job.url)
+            self.rest_until(host.name, time.monotonic() + host.delay_s)
         wait_s = retry_after_s(reply.header("retry-after"))
         if wait_s is not None and wait_s > self.config.max_retry_after_s:
             bound = self.config.max_retry_after_s
