@@ -107,7 +107,7 @@ class TakeDown:
     rules: ForgetList
     """All that is forgotten from now on: earlier lists, this one, and copies of forgotten documents."""
     documents: pa.Table
-    """index, url, warc_file, warc_offset of the texts that go now."""
+    """index and url, among others, of the texts that go now."""
     copies: int
     """How many of the rules were added because they name copies."""
 
@@ -121,7 +121,7 @@ def plan(config: CorpusConfig) -> TakeDown:
     new = parse_entries(read_list(config.forget, "forget"))
     before = read_forget_list(corpus) or ForgetList(frozenset(), {})
     rules = ForgetList(before.domains | new.domains, {**before.urls, **new.urls})
-    columns = ["index", "url", "domain", "warc_file", "warc_offset"]
+    columns = ["index", "url", "domain"]
     going = []
     for path in tables:
         rows = pq.read_table(path, columns=columns)
@@ -207,15 +207,27 @@ _BLANK = (
 _BLOCK = 1 << 20
 
 
-def blank_responses(corpus: Corpus, documents: pa.Table) -> tuple[int, int]:
-    """Write over the responses of `documents` in the corpus's own WARC files; (responses blanked, left as they are).
+def archived_pages(corpus: Corpus) -> pa.Table:
+    """warc_file and warc_offset of every response that this corpus has forgotten, whatever became of its text."""
+    rules = read_forget_list(corpus)
+    found = [pa.table({"warc_file": pa.array([], pa.string()), "warc_offset": pa.array([], pa.int64())})]
+    for path in sorted(corpus.folder("fetch").glob("[0-9]*[0-9].parquet")) if rules else []:
+        assert rules is not None
+        rows = pq.read_table(path, columns=["index", "url", "final_url", "domain", "warc_file", "warc_offset"])
+        wanted = pa.array(list(rules.rows(rows)), pa.int64())
+        found.append(rows.filter(pc.is_in(rows["index"], value_set=wanted)).select(["warc_file", "warc_offset"]))
+    return pa.concat_tables(found)
+
+
+def blank_responses(corpus: Corpus, pages: pa.Table) -> tuple[int, int]:
+    """Write over the responses of `pages` in the corpus's own WARC files; (responses blanked, left as they are).
 
     Each record is a gzip member of its own (WARC 1.1, annex D). In its place comes a member of the same length that
     holds an empty record, filled up by the comment that RFC 1952 (2.3) allows in a member's header, so that no other
     offset changes. Files outside the corpus folder are the user's and stay; so do members too short or not readable.
     """
     blanked = left = 0
-    for file, offset in zip(documents["warc_file"].to_pylist(), documents["warc_offset"].to_pylist(), strict=True):
+    for file, offset in zip(pages["warc_file"].to_pylist(), pages["warc_offset"].to_pylist(), strict=True):
         path = corpus.out / (file or "")
         if not file or not path.is_file() or not path.resolve().is_relative_to(corpus.out.resolve()):
             left += 1

@@ -100,7 +100,7 @@ def take_down(config: CorpusConfig) -> int:
             run.reporter.say(f"forget: {texts_gone:,} texts go, and {copies:,} URLs of copies that would come instead")
             run.run([s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages])
             if config.forget_archive:
-                blanked, left = forget.blank_responses(corpus, takedown.documents)
+                blanked, left = forget.blank_responses(corpus, forget.archived_pages(corpus))
                 run.reporter.say(f"forget: {blanked:,} archived responses blanked, {left:,} are not in this corpus")
     return 0
 

