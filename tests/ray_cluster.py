@@ -259,16 +259,13 @@ def corpus(folder: Path) -> dict[str, Any]:
         out = copy_archive(fetched, folder / "command_killed")
         rng = random.Random(11)
         said["finished_steps_at_kills"] = []
-        while len(said["finished_steps_at_kills"]) < 8:
+        for steps in (9, 14, 20, 27, 35, 44, 54, 64):
             command = start(overrides(out), *on_ray)
-            try:
-                command.communicate(timeout=rng.uniform(3.0, 12.0))
-                shutil.rmtree(out)  # it came to its end: begin anew
-                copy_archive(fetched, out)
-            except subprocess.TimeoutExpired:
-                command.kill()
-                command.communicate()
-                said["finished_steps_at_kills"].append(len(list(out.rglob("*.done.json"))))
+            wait_for(lambda: len(list(out.rglob("*.done.json"))) >= steps or command.poll() is not None)  # noqa: B023
+            time.sleep(rng.uniform(0, 0.2))
+            command.kill()
+            command.communicate()
+            said["finished_steps_at_kills"].append(len(list(out.rglob("*.done.json"))))
         said["command_killed"] = finish(start(overrides(out), *on_ray))
     server.shutdown()
     said["trees"] = {name: tree(folder / name, *RESULT) for name in ("local", "node_killed", "command_killed")}

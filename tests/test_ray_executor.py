@@ -99,8 +99,8 @@ def test_the_same_bytes_as_locally_after_nodes_and_commands_were_killed(tmp_path
     assert said["most_often_asked"] <= 2  # what was under way when the node went, and nothing else
     assert said["pages_asked_twice"] <= 4
     assert said["working_when_the_node_died"]
-    assert len(said["finished_steps_at_kills"]) == 8
-    assert len(set(said["finished_steps_at_kills"])) > 3  # at different moments of the run
+    assert said["finished_steps_at_kills"] == sorted(said["finished_steps_at_kills"])
+    assert len(set(said["finished_steps_at_kills"])) >= 6  # of 8 kills, while the run went forward in between
     for name in ("local", "node_killed", "command_killed"):
         assert said[name]["code"] == 0, said[name]["says"]
         assert said["trees"][name] == said["trees"]["local"], name
