@@ -546,6 +546,7 @@ def prose(title: str) -> bytes:
     return f"<html><head><title>{title}</title></head><body><article><p>{title}. {PROSE}</p></article></body>".encode()
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_retries_refetches_and_rescues(tmp_path: Path, site: Site) -> None:
     """First crawl → one with retry → a second crawl by `since` → dead links rescued from the first one's archive."""
     site.pages = {
