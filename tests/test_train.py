@@ -5,6 +5,7 @@ One start of two ranks does many jobs (see train_worker.py), since a start costs
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -125,6 +126,21 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         job("limit", **skip, **for_ever, faults__limit=2),
         job("no room", steps=40),
     ]
+    watched = {
+        "logging__tensorboard": True,
+        "logging__layers_every_steps": 4,
+        "evaluate__every_steps": 5,
+        "evaluate__sample_prompt": "The rain",
+        "evaluate__sample_tokens": 8,
+        "steps": 8,
+        "optimizer__warmup_steps": 8,
+    }
+    looks = [
+        job("watched zero3", **watched, zero__stage=3, profile__steps=[3, 4]),
+        job("watched zero1", **watched, data__document_mask=True, data__reset_positions=True),
+        job("watched bf16", **watched, precision="bf16"),
+        job("unwatched", steps=8, optimizer__warmup_steps=8, zero__stage=3),
+    ]
     parity = [job(f"zero{stage}", zero__stage=stage) for stage in (0, 1, 2, 3)]
     low = [job(f"bf16 zero{stage}", zero__stage=stage, precision="bf16", steps=25) for stage in (1, 2, 3)]
     dropout = [job("dropout", model__dropout=0.1, steps=10)]
@@ -159,6 +175,7 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
                 job("diverges", **for_ever),
                 job("diverges zero0", zero__stage=0, **for_ever),
                 *faulty,
+                *looks,
             ],
         ),
         (
@@ -335,6 +352,31 @@ def test_a_rewound_run_goes_on_from_the_checkpoint_with_the_batches_behind_the_f
     assert re.search(r"a spike: [\d.]+σ above", answers["spike"]["stderr"])
     assert answers["no way back"]["codes"] == [6, 6]
     assert "There is no checkpoint to rewind to yet" in answers["no way back"]["messages"][0]
+
+
+def test_a_closer_look_shows_the_run_and_does_not_change_it(runs: tuple[Path, dict[str, Any]]) -> None:
+    folder, answers = runs
+    assert losses_of(folder / "watched zero3") == losses_of(folder / "unwatched")
+    for name in ("watched zero3", "watched zero1", "watched bf16"):
+        assert answers[name]["codes"] == [0, 0]
+        entries = entries_of(folder / name)
+        assert [e["step"] for e in entries if "layers" in e] == [4, 8]
+        for entry in entries:
+            if "layers" in entry:
+                assert set(entry["layers"]) == {"wte", "wpe", "h.0", "h.1", "ln_f"}
+                whole = sum(layer["grad_norm"] ** 2 for layer in entry["layers"].values()) ** 0.5
+                assert whole == pytest.approx(entry["grad_norm"], rel=1e-3), name
+                assert all(layer["weight_norm"] > 0 for layer in entry["layers"].values())
+        samples = [e["sample"] for e in map(json.loads, open(folder / name / "metrics.jsonl")) if "sample" in e]  # noqa: SIM115
+        assert len(samples) == 2
+        assert all(sample.startswith("The rain") and len(sample) > len("The rain") for sample in samples)
+        assert list((folder / name / "tensorboard").glob("events.out.tfevents.*"))
+    (trace,) = (folder / "watched zero3" / "profile").iterdir()
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert sum(event["name"] == "aten::embedding" for event in events) >= 2 * 2  # two steps of two passes
+    assert not (folder / "watched zero1" / "profile").exists()
+    # Documents are shorter than the context, so what a token may see matters from the first loss on.
+    assert losses_of(folder / "watched zero1")[0] != losses_of(folder / "unwatched")[0]
 
 
 def test_faults_without_end_stop_the_run(runs: tuple[Path, dict[str, Any]]) -> None:
