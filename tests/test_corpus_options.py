@@ -180,6 +180,8 @@ def test_what_if_foretells_what_a_run_does(
     said = capsys.readouterr().out
     then = what_if.parse(overrides.split(","), read_config(Corpus(out)))
     foretold = what_if.replay(Corpus(out), then)
+    now = {i: end[1] for i, end in what_if.replay(Corpus(out), read_config(Corpus(out))).items()}
+    assert now == {i: end[1] for i, end in what_if.stored_ends(Corpus(out)).items()}
 
     shutil.copytree(out, tmp_path / "out")
     build_corpus(
