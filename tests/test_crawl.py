@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +35,7 @@ from web import (
     start_child,
 )
 
-from data_pipeline.config import CorpusConfig, FetchConfig, Source, check
+from data_pipeline.config import FETCH_REASONS, CorpusConfig, FetchConfig, Source, check
 from data_pipeline.crawl import rescue, retry, scheduler, warc
 from data_pipeline.crawl.fetch import FetchShard, fetch_shards, finish_shard, read_journal
 from data_pipeline.crawl.fetch_journal import audit_path, journal_path, newest_decisions
@@ -339,6 +340,13 @@ def test_a_reason_that_is_none_is_told(reason: str) -> None:
     (fault,) = check(CorpusConfig(urls="x", retry=[reason]))
     assert fault.startswith(f"retry={reason}: must be a reason of the fetch or an HTTP status")
     assert check(CorpusConfig(urls="x", retry=["dns", "http_429", "429", "timeout"])) == []
+
+
+def test_every_reason_of_the_fetch_can_be_retried() -> None:
+    sources = [f.read_text() for f in Path(scheduler.__file__).parent.glob("*.py")]
+    raised = {r for text in sources for r in re.findall(r'(?:Fetch|Body)Error\(\s*"(\w+)"', text)}
+    assert len(raised) > 15
+    assert raised | scheduler.DROPPED_REASONS | {"out_of_budget", "robots_unreachable"} == set(FETCH_REASONS)
 
 
 # ---- a second crawl ---------------------------------------------------------------------------------------------
