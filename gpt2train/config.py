@@ -512,6 +512,12 @@ def _faults_of_extras(c: TrainConfig) -> list[str]:
             "activation_checkpointing=selective: DeepSpeed's linear layers at zero.stage=3 change what it keeps; give "
             "activation_checkpointing=full or zero.stage=2"
         )
+    zero = c.deepspeed.extra.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("compute_grad_norm") is False:
+        faults.append(
+            "deepspeed.extra.zero_optimization.compute_grad_norm=false: updates are made when their gradient norm is "
+            "known to be finite; leave it out"
+        )
     window = c.profile.steps
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
         faults.append(f"profile.steps={window}: must be [first, last], counted from 1; give profile.steps=[10,12]")

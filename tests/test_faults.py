@@ -95,6 +95,7 @@ def test_states_written_without_faults_are_read() -> None:
         ({"data.document_mask": True, "model.vocabulary": 300}, "has no <|endoftext|>"),
         ({"evaluate.sample_prompt": "A", "evaluate.every_steps": 0}, "samples come after evaluations"),
         ({"evaluate.sample_tokens": 0}, "evaluate.sample_tokens=0: must be at least 1"),
+        ({"deepspeed.extra": {"zero_optimization": {"compute_grad_norm": False}}}, "known to be finite"),
         ({"profile.steps": [3]}, r"profile.steps=[3]: must be [first, last]"),
         ({"profile.steps": [3, 2]}, "counted from 1"),
     ],
