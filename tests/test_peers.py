@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.corpus import NotInstallable, ask_peer, read_pages, recipe
+from data_pipeline.clean.html_text import clean_text
 from data_pipeline.clean.quality import judge, measure
 from data_pipeline.config import QualityConfig
 
@@ -48,7 +49,9 @@ def rules(config: QualityConfig) -> dict[str, tuple[str, float, float]]:
 
 @pytest.mark.soak
 def test_verdicts_are_those_of_datatrove_but_near_a_bound(shared: Path, tmp_path: Path) -> None:
-    _, texts = read_pages(shared / "pages", 0)
+    _, gold = read_pages(shared / "pages", 0)
+    # As extraction hands texts on: soft hyphens, which one page has in most of its words, are no marks to count.
+    texts = [clean_text(text) for text in gold]
     assert len(texts) >= 1_000
     try:
         answers = ask_peer("datatrove", texts, tmp_path)
