@@ -1,5 +1,7 @@
 """URL list → responses in WARC files, politely and safely; every URL in one typed state.
 
+The rooms, in the order a URL meets them, helpers last:
+
     urls           URL lists → normalized, blocked, unique URLs, in shards by registrable domain
     cc_index       Common Crawl's index lines as rows of a URL list
     url_syntax     one URL: its normal form, its registrable domain, its shard
