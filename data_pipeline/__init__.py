@@ -1,26 +1,28 @@
 """URL list → token shards. Never imports torch, deepspeed or gpt2train.
 
-config         every setting, its default and its sentence
-records        the tables between stages, the errors, the ledger's vocabulary
-crawl/         URL list → responses in WARC files
-texts          text datasets → documents, for source=dataset
-clean/         responses → the documents worth keeping
-tokenizer      GPT-2 byte-pair encoding, checked by hash, without a download
-pack           documents → shuffled token shards, train and validation
-token_writer   writes the token shards of a corpus
-token_shards   the on-disk format of tokens, read by training
-lists          domains, words and URLs that a user gives by file
-what_if        other thresholds on the numbers that a corpus stores → what would change
-forget         domains and URLs to take down → who they are in a corpus, and what is left of them
-layout         where each file of a corpus lies
-store          atomic files, hashes, markers, the lock
-executors      shard tasks on this machine's cores
-ray_executor   shard tasks on a Ray cluster
-progress       bars, rates, times to go
-tasks          one shard of one stage: files in, files out
-pipeline       the only room that knows the stages' order
-ledger         one row a URL; totals that must add up
-why            what became of a URL
-report         summary → one HTML file
-card           the dataset card
+The rooms:
+
+    config         every setting, its default and its sentence
+    records        the tables between stages, the errors, the ledger's vocabulary
+    crawl/         URL list → responses in WARC files
+    texts          text datasets → documents, for source=dataset
+    clean/         responses → the documents worth keeping
+    tokenizer      GPT-2 byte-pair encoding, checked by hash, without a download
+    pack           documents → shuffled token shards, train and validation
+    token_writer   writes the token shards of a corpus
+    token_shards   the on-disk format of tokens, read by training
+    lists          domains, words and URLs that a user gives by file
+    what_if        other thresholds on the numbers that a corpus stores → what would change
+    forget         domains and URLs to take down → who they are in a corpus, and what is left of them
+    layout         where each file of a corpus lies
+    store          atomic files, hashes, markers, the lock
+    executors      shard tasks on this machine's cores
+    ray_executor   shard tasks on a Ray cluster
+    progress       bars, rates, times to go
+    tasks          one shard of one stage: files in, files out
+    pipeline       the only room that knows the stages' order
+    ledger         one row a URL; totals that must add up
+    why            what became of a URL
+    report         summary → one HTML file
+    card           the dataset card
 """

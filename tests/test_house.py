@@ -110,7 +110,7 @@ def test_every_room_is_on_the_map() -> None:
         documentation = ast.get_docstring(module, clean=False) or ""
         rooms = {p.stem for p in folder.glob("*.py")} - {"__init__", "__main__"}
         rooms |= {f"{p.parent.name}/" for p in folder.glob("*/__init__.py")}
-        named = {line.split()[0] for line in documentation.split("\n") if line.startswith("    ")}
+        named = {line.split()[0] for line in documentation.split("\n") if line.strip()}
         assert rooms <= named, f"{folder.name}/__init__.py does not name {sorted(rooms - named)}"
 
 

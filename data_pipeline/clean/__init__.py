@@ -1,12 +1,14 @@
 """Responses → the documents worth keeping: text, language, quality, duplicates, contamination.
 
-extract        HTML → text, in a process that can be killed
-html_text      one page's bytes → clean text: what extract's process runs
-language       which language a text is in
-quality        rules of Gopher, C4, FineWeb and OpenWebText → kept, or dropped with a reason
-dedup          exact and near duplicates; the best of a cluster stays
-planting       known near-duplicates → recall and precision of this very run
-personal       e-mail, IP and telephone numbers in texts → examples that belong to nobody
-ngrams         words → 64-bit hashes of n-grams, by a fixed, versioned function
-contamination  n-grams of evaluation sets in the corpus
+The rooms:
+
+    extract        HTML → text, in a process that can be killed
+    html_text      one page's bytes → clean text: what extract's process runs
+    language       which language a text is in
+    quality        rules of Gopher, C4, FineWeb and OpenWebText → kept, or dropped with a reason
+    dedup          exact and near duplicates; the best of a cluster stays
+    planting       known near-duplicates → recall and precision of this very run
+    personal       e-mail, IP and telephone numbers in texts → examples that belong to nobody
+    ngrams         words → 64-bit hashes of n-grams, by a fixed, versioned function
+    contamination  n-grams of evaluation sets in the corpus
 """

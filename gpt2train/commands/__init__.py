@@ -1,6 +1,8 @@
 """What the command line offers.
 
-table   each command: what it is for, its settings, the function that runs it
-help    --help and tab completion
-joined  launch, sweep and report: commands that join packages
+The rooms:
+
+    table   each command: what it is for, its settings, the function that runs it
+    help    --help and tab completion
+    joined  launch, sweep and report: commands that join packages
 """
