@@ -20,6 +20,8 @@ The rooms:
     ray_executor   shard tasks on a Ray cluster
     progress       bars, rates, times to go
     tasks          one shard of one stage: files in, files out
+    steps          doing the steps that do not stand
+    entrances      the three ways in: URL list, WARC files, dataset
     pipeline       the only room that knows the stages' order
     ledger         one row a URL; totals that must add up
     why            what became of a URL

@@ -1,0 +1,242 @@
+"""The three ways into a corpus: a URL list that is fetched, WARC files at hand, a dataset of texts.
+
+Each leaves its rows in numbered shards: pages in `fetch/`, or documents in `extract/` for a dataset, with a verdict for
+every row; and says how many shards there are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from data_pipeline import forget, tasks, texts
+from data_pipeline.config import CorpusConfig, Source
+from data_pipeline.crawl import retry, urls
+from data_pipeline.crawl.fetch import FetchShard
+from data_pipeline.crawl.rescue import Rescue
+from data_pipeline.executors import Task
+from data_pipeline.layout import Corpus
+from data_pipeline.lists import read_list
+from data_pipeline.records import InputError
+from data_pipeline.steps import Steps, plain, rows_of
+from data_pipeline.store import Step, mark_done, prune, read_marker, recorded_outputs, why_not_done, write_json
+
+ROWS_PER_SHARD = 5_000
+LEAST_SHARDS = 8
+
+
+class Entrance:
+    """Brings rows in by the source that the settings name."""
+
+    def __init__(self, config: CorpusConfig, steps: Steps) -> None:
+        self.config = config
+        self.steps = steps
+        self.out = Path(config.out)
+        self.corpus = Corpus(self.out)
+
+    def enter(self, run_urls: bool, run_fetch: bool) -> None:
+        """Do what is due of the stages that lead in; `steps.shards` is known afterwards."""
+        enter: dict[Source, Callable[[bool, bool], None]] = {
+            Source.urls: self.enter_by_urls,
+            Source.warc: self.enter_by_warc,
+            Source.dataset: self.enter_by_dataset,
+        }
+        enter[self.config.source](run_urls, run_fetch)
+
+    def enter_by_urls(self, run_urls: bool, run_fetch: bool) -> None:
+        source = Path(self.config.urls)
+        if not source.exists() and run_urls:
+            raise InputError(f"urls={source}: there is no such file or folder; check the path")
+        self.steps.shards = self._shard_count(lambda: urls.count_urls(source, self.config.url_list))
+        corpus, numbers = self.corpus, range(self.steps.shards)
+        rules, blocked = self.config.url_list, self.config.url_list.blocked_domains_file
+        if blocked and run_urls:
+            more = read_list(blocked, "url_list.blocked_domains_file")
+            rules = replace(rules, blocked_domains=[*rules.blocked_domains, *more])
+        settings = {**plain(self.config.url_list), "shards": self.steps.shards}
+        settings.pop("blocked_domains_file")  # what it says counts, not what it is called
+        files = tuple(sorted(p for p in source.rglob("*") if p.is_file())) if source.is_dir() else (source,)
+        files += (Path(blocked),) if blocked else ()
+        outputs = tuple(p for k in numbers for p in (corpus.table("urls", k), corpus.verdicts("urls", k)))
+        if run_urls:
+            step = Step("urls", "all", corpus.folder("urls"), settings, files, outputs)
+            arguments = (source, corpus.folder("urls"), self.steps.shards, rules)
+            self.steps.run("urls", [step], lambda step: Task("urls", urls.write_url_shards, arguments))
+        if run_fetch:
+            self.steps.require("fetch", [p for k in numbers for p in (corpus.table("urls", k),)], "urls")
+            self.fetch()
+
+    def fetch(self) -> None:
+        """No setting of the fetch makes it run again: what was fetched is the raw truth and stays."""
+        corpus, folder = self.corpus, self.corpus.folder("fetch")
+        earlier = self._earlier_pages()
+        shards = [FetchShard(corpus.table("urls", k), folder, k, earlier[k]) for k in range(self.steps.shards)]
+        archived = self._rescue_index()
+        steps = [
+            Step(
+                "fetch",
+                f"{k:05d}",
+                folder,
+                {},
+                (corpus.table("urls", k), *([archived[k].table] if archived else [])),
+                (corpus.table("fetch", k), corpus.verdicts("fetch", k)),
+            )
+            for k in range(self.steps.shards)
+        ]
+        again = retry.begin_round(folder, shards, self.config.retry)
+        if again is not None:
+            for k in again.waiting:
+                steps[k].marker.unlink(missing_ok=True)
+            self.steps.reporter.say(
+                f"fetch: {sum(again.waiting.values()):,} URLs are open, retry={','.join(again.reasons)}"
+            )
+        due = [s for s, step in zip(shards, steps, strict=True) if why_not_done(step, self.steps.hashes) is not None]
+        if due:
+            folder.mkdir(parents=True, exist_ok=True)
+            processes = min(self.config.fetch.processes, self.steps.executor.workers, len(due))
+            groups = [due[i::processes] for i in range(processes)]
+            arguments = (self.config.fetch, self.out, self.config.progress)
+            work = [Task("fetch", tasks.fetch_group, (g, *arguments)) for g in groups]
+            total = sum(rows_of(corpus.table("urls", s.number)) for s in due)
+            with self.steps.reporter.stage("fetch", total) as counter:
+                self.steps.executor.run(work, on_done=lambda task, result: None, on_rows=counter.advance)
+                if counter.done:
+                    self.steps.reporter.say(f"fetch: {counter.done:,} URLs, {counter.rate:,.0f}/s")
+        retry.end_round(folder)
+        by_name = {step.name: shard for shard, step in zip(shards, steps, strict=True)}
+
+        def finish(step: Step) -> Task:
+            shard = by_name[step.name]
+            arguments = (shard, self.out, archived[shard.number] if archived else None)
+            return Task(f"fetch {step.name}", tasks.finish_fetch, arguments)
+
+        self.steps.run("fetch", steps, finish, quiet=True)
+
+    def _earlier_pages(self) -> list[Path] | list[None]:
+        """For each shard the page table of the same shard of `fetch.since`."""
+        since = self.config.fetch.since
+        if not since:
+            return [None] * self.steps.shards
+        tables = [Corpus(Path(since)).table("fetch", k) for k in range(self.steps.shards)]
+        if _fixed_shards(Path(since)) != self.steps.shards or not all(table.exists() for table in tables):
+            raise InputError(
+                f"fetch.since={since}: must be a corpus of {self.steps.shards} shards whose fetch is finished; "
+                f"leave shards= out when a new corpus is begun, and it takes that number over"
+            )
+        return tables
+
+    def _rescue_index(self) -> list[Rescue]:
+        """For each shard the archived pages of `fetch.rescue`; empty without it."""
+        if not self.config.fetch.rescue:
+            return []
+        files = _warc_files("fetch.rescue", Path(self.config.fetch.rescue))
+        parts, steps, index = self._warc_index(files, self.corpus.folder("rescue"))
+        self.steps.run("rescue", steps, index, quiet=True)
+        outputs = [self.corpus.table("rescue", k) for k in range(self.steps.shards)]
+        pages = [page for page, _ in parts]
+        settings = {"shards": self.steps.shards, "strip_tracking": self.config.url_list.strip_tracking}
+        step = Step("rescue", "all", self.corpus.folder("rescue"), settings, tuple(pages), tuple(outputs))
+        arguments = (pages, outputs, self.config.url_list)
+        self.steps.run("rescue", [step], lambda step: Task("rescue", tasks.split_rescue_index, arguments), quiet=True)
+        return [Rescue(table, self.config.fetch) for table in outputs]
+
+    def enter_by_warc(self, run_urls: bool, run_fetch: bool) -> None:
+        files = _warc_files("path", Path(self.config.path))
+        corpus, folder = self.corpus, self.corpus.folder("fetch")
+        parts, steps, index = self._warc_index(files, folder)
+        if run_fetch:
+            self.steps.run("index", steps, index)
+        self.steps.require("extract", [p for part in parts for p in part], "fetch")
+        self.steps.shards = self._shard_count(lambda: sum(rows_of(v) for _, v in parts))
+        outputs = tuple(
+            p for k in range(self.steps.shards) for p in (corpus.table("fetch", k), corpus.verdicts("fetch", k))
+        )
+        if run_fetch:
+            inputs = tuple(p for part in parts for p in part)
+            step = Step("fetch", "all", folder, {"shards": self.steps.shards}, inputs, outputs)
+            arguments = (self.out, parts, self.steps.shards)
+            self.steps.run("fetch", [step], lambda step: Task("fetch", tasks.split_warc_index, arguments), quiet=True)
+
+    def _warc_index(
+        self, files: Sequence[Path], folder: Path
+    ) -> tuple[list[tuple[Path, Path]], list[Step], Callable[[Step], Task]]:
+        """(page and verdict tables, steps, step → task) of an index of WARC files, one step a file.
+
+        WARC files are large: their size stands for them here, each record's digest is checked when it is read.
+        """
+        parts = [
+            (folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))
+        ]
+        steps = [
+            Step(folder.name, f"file_{i:05d}", folder, {"file": str(p), "bytes": p.stat().st_size}, (), parts[i])
+            for i, p in enumerate(files)
+        ]
+        place = {step.name: i for i, step in enumerate(steps)}
+
+        def index(step: Step) -> Task:
+            i = place[step.name]
+            return Task(f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch))
+
+        return parts, steps, index
+
+    def enter_by_dataset(self, run_urls: bool, run_fetch: bool) -> None:
+        files = texts.dataset_files(self.config.path)
+        folder = self.corpus.folder("extract")
+        settings = {"path": self.config.path, "text_column": self.config.text_column, "shards": self.config.shards}
+        rules = forget.read_forget_list(self.corpus)
+        if rules is not None:
+            settings["forgotten"] = self.steps.hashes.of(self.corpus.forget_list)
+        step = Step("extract", "all", folder, settings, tuple(files), ())
+        if not self.config.stages or "extract" in self.config.stages:
+            why = why_not_done(step, self.steps.hashes)
+            if why is None:
+                self.steps.reporter.say("extract: the dataset was read before and stands")
+            else:
+                self.steps.reporter.say(f"extract: reading {self.config.path}{f' again: {why}' if why else ''}")
+                made, written = texts.write_document_shards(
+                    self.config.path,
+                    self.config.text_column,
+                    self.corpus,
+                    self.config.shards,
+                    rules.because if rules else None,
+                )
+                prune(folder, written)
+                mark_done(step, {"shards": made}, self.steps.hashes, written)
+        marker = read_marker(step)
+        if marker is None:
+            raise InputError(f"stages={self.config.stages}: the dataset was not read yet; add extract")
+        self.steps.shards = int(marker["counts"]["shards"])
+        self.steps.require("filter", list(recorded_outputs(step, marker)), "extract")
+
+    def _shard_count(self, count_rows: Callable[[], int]) -> int:
+        """The number of shards is part of the order of documents, so it stays for the life of a corpus folder."""
+        fixed = _fixed_shards(self.out)
+        if fixed is not None:
+            if self.config.shards not in (0, fixed):
+                raise InputError(
+                    f"shards={self.config.shards}: this corpus was begun with {fixed}; give that or a new out="
+                )
+            return fixed
+        earlier = _fixed_shards(Path(self.config.fetch.since)) if self.config.fetch.since else None
+        shards = self.config.shards or earlier or max(LEAST_SHARDS, -(-count_rows() // ROWS_PER_SHARD))
+        write_json({"shards": shards}, self.out / "shards.json")
+        return shards
+
+
+def _fixed_shards(corpus: Path) -> int | None:
+    """The number of shards that a corpus was begun with."""
+    path = corpus / "shards.json"
+    return int(json.loads(path.read_text(encoding="utf-8"))["shards"]) if path.exists() else None
+
+
+def _warc_files(setting: str, root: Path) -> list[Path]:
+    """The WARC file `root`, or those of the folder, in the order of their names. Raises InputError without any."""
+    if not root.exists():
+        raise InputError(f"{setting}={root}: there is no such WARC file or folder; check the path")
+    endings = (".warc", ".warc.gz", ".warc.zst", ".arc", ".arc.gz")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.name.endswith(endings))
+    if not files:
+        raise InputError(f"{setting}={root}: holds no {', '.join(endings)} file; give the folder that does")
+    return [p.resolve() for p in files]

@@ -1,0 +1,126 @@
+"""Doing what is due: the steps of a stage that do not stand, in workers, and a line for each that is done again.
+
+A step (`store.Step`) stands while its marker fits its settings, its inputs and its outputs. The rest is given to the
+executor; each is marked when its files are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from data_pipeline.executors import Executor, Task
+from data_pipeline.layout import Corpus
+from data_pipeline.progress import Reporter
+from data_pipeline.records import InputError
+from data_pipeline.store import Hashes, Step, mark_done, why_not_done
+
+
+class Steps:
+    """The steps of one run over one corpus folder. `shards` is known once the rows have entered."""
+
+    def __init__(self, corpus: Corpus, executor: Executor, reporter: Reporter, asked: Sequence[str]) -> None:
+        self.corpus = corpus
+        self.out = corpus.out
+        self.executor = executor
+        self.reporter = reporter
+        self.asked = list(asked)
+        """The stages that the user named; empty: all."""
+        self.hashes = Hashes()
+        self.shards = 0
+
+    def require(self, stage: str, files: Sequence[Path], before: str) -> None:
+        missing = [p for p in files if not p.exists()]
+        if missing:
+            raise InputError(
+                f"stages={self.asked}: {stage} needs {missing[0].relative_to(self.out)}, which {before} makes; "
+                f"add {before}"
+            )
+
+    def by_shard(
+        self,
+        stage: str,
+        settings: Mapping[str, Any],
+        *,
+        inputs: Callable[[int], tuple[Path, ...]],
+        outputs: Callable[[int], tuple[Path, ...]],
+        task: Callable[[int], tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]],
+        rows: Callable[[int], int],
+        part: str = "",
+        of_shard: Callable[[int], Mapping[str, Any]] = lambda k: {},
+    ) -> None:
+        name = f"{stage} {part}".strip()
+        folder = self.corpus.folder(stage)
+        steps = [
+            Step(
+                stage,
+                f"{k:05d}{f'.{part}' if part else ''}",
+                folder,
+                {**settings, **of_shard(k)},
+                inputs(k),
+                outputs(k),
+            )
+            for k in range(self.shards)
+        ]
+        number = {step.name: k for k, step in enumerate(steps)}
+
+        def make(step: Step) -> Task:
+            function, arguments = task(number[step.name])
+            return Task(f"{name} {step.name}", function, arguments)
+
+        self.run(name, steps, make, rows=lambda step: rows(number[step.name]))
+
+    def run(
+        self,
+        name: str,
+        steps: Sequence[Step],
+        make: Callable[[Step], Task],
+        *,
+        rows: Callable[[Step], int] = lambda step: 0,
+        quiet: bool = False,
+    ) -> None:
+        """Do the steps that do not stand, and say which are done again and why."""
+        reasons = {step.name: why_not_done(step, self.hashes) for step in steps}
+        due = [step for step in steps if reasons[step.name] is not None]
+        again: dict[str, list[str]] = {}
+        for step in due:
+            if reasons[step.name]:
+                again.setdefault(str(reasons[step.name]), []).append(step.name)
+        for why, names in again.items():
+            shards = f"{len(names)} of {len(steps)} shards" if len(steps) > 1 else "done"
+            self.reporter.say(f"{name}: {shards} again: {why}")
+        if not due:
+            if not quiet:
+                self.reporter.say(f"{name}: finished before, nothing to do")
+            return
+        work = {step.name: make(step) for step in due}
+        by_label = {work[step.name].label: step for step in due}
+        for step in due:
+            step.folder.mkdir(parents=True, exist_ok=True)
+        with self.reporter.stage(name, sum(rows(step) for step in due)) as counter:
+
+            def on_done(task: Task, counts: dict[str, Any]) -> None:
+                mark_done(by_label[task.label], counts, self.hashes)
+
+            self.executor.run(list(work.values()), on_done=on_done, on_rows=counter.advance)
+            if counter.done and not quiet:
+                self.reporter.say(f"{name}: {counter.done:,} rows, {counter.rate:,.0f}/s")
+
+
+def plain(config: Any, prefix: str = "") -> dict[str, Any]:
+    """A config dataclass as JSON values."""
+    values = asdict(config)
+    return {f"{prefix}{k}": v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+
+def rows_of(path: Path) -> int:
+    """Rows of a Parquet file, from its footer alone."""
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, ValueError):  # damaged or absent: the step that makes it will say so
+        return 0
