@@ -33,7 +33,7 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST)
 
 fast: setup
 	$(BIN)/python -m pytest -m 'not slow and not soak'

@@ -50,7 +50,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="gpt2train from URL list to exported model, on this machine")
     parser.add_argument("--out", type=Path, default=Path(".demo"))
     parser.add_argument("--pages", type=int, default=320)
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--model", default="nano")
     options = parser.parse_args()
     out: Path = options.out

@@ -30,7 +30,7 @@ from omegaconf import OmegaConf
 
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint
-from gpt2train.config import CheckpointError, ConfigError, RunExistsError, TrainConfig
+from gpt2train.config import CheckpointError, ConfigError, RunExistsError, RunInUseError, TrainConfig
 from gpt2train.data import TokenWindows
 from gpt2train.distributed import World, on_rank_zero
 from gpt2train.run_folder import (
@@ -106,7 +106,7 @@ class Claim:
 def lock(run_dir: Path) -> Iterator[None]:
     """Owns `run_dir` until the block, or the process, ends; the kernel frees the lock of a process that died.
 
-    Raises RunExistsError when another process owns it and ConfigError when the folder cannot be made or written.
+    Raises RunInUseError when another process owns it and ConfigError when the folder cannot be made or written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     except OSError:
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
-        raise RunExistsError(f"run_dir={run_dir}: in use by {owner}; wait for it, or give another folder") from None
+        raise RunInUseError(f"run_dir={run_dir}: in use by {owner}; wait for it, or give another folder") from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from gpt2train.commands.help import COMPLETION, command_help, complete, overview
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
-from gpt2train.config import ConfigError, check
+from gpt2train.config import ConfigError, check, check_export, check_generate, run_faults
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +80,12 @@ def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
     """What the settings' own module knows of their bounds, before the module that works is imported."""
     if schema == "gpt2train.config:TrainConfig":
         return lambda config: check(config, world_size=_world_size())
+    if schema == "gpt2train.config:GenerateConfig":
+        return check_generate
+    if schema == "gpt2train.config:ExportConfig":
+        return check_export
+    if schema == "gpt2train.config:EvaluateCommandConfig":
+        return lambda config: run_faults(config.run)
     if schema == "data_pipeline.config:CorpusConfig":
         return load("data_pipeline.config:check")
     return None

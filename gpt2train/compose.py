@@ -56,11 +56,18 @@ def compose(
 
     faults: list[str] = []
     refused: set[str] = set()
+    known = leaves(schema)
     parser = OverridesParser.create()
     group_list = group_names(groups)
     chosen: dict[str, str] = {}
     values: list[tuple[str, Any]] = []
     for text in overrides:
+        given, _, rest = text.partition("=")
+        key = (aliases or {}).get(given, given)
+        if takes_text(text, known, aliases) and key not in group_list:
+            values.append((key, rest))
+            continue
+        refused |= {given, key}  # until it is taken
         try:
             override = parser.parse_override(text)
         except HydraException:
@@ -75,11 +82,13 @@ def compose(
             name = str(override.value())
             if groups is not None and name in choices(groups, key):
                 chosen[key] = name
+                refused -= {key}
             elif groups is not None:
                 near = _nearest(name, choices(groups, key))
                 faults.append(f"{key}={name}: must be among {', '.join(choices(groups, key))}{near}")
         else:
             values.append((key, override.value()))
+            refused -= {given, key}
 
     config: Any = OmegaConf.structured(schema)
     if groups is not None and (groups / "config.yaml").is_file():
@@ -88,7 +97,6 @@ def compose(
             chosen_config = hydra_compose("config", overrides=[f"{k}={v}" for k, v in chosen.items()])
         config = OmegaConf.merge(config, chosen_config)
 
-    known = leaves(schema)
     for key, value in values:
         branch = next((k for k in known if key == k or key.startswith(f"{k}.")), None)
         if branch is None:
@@ -100,17 +108,34 @@ def compose(
             continue
         try:
             # Below a free-form dictionary (deepspeed.extra) any key may be set.
-            OmegaConf.update(config, key, value, force_add=key != branch)
+            OmegaConf.update(config, key, _literal(value), force_add=key != branch)
             _ = OmegaConf.select(config, key)
         except OmegaConfBaseException as e:
             faults.append(f"{key}={value}: {_reason(e)}; it is {_current(schema, known[branch])}")
             refused.add(key)
     composed = OmegaConf.to_object(config)
     if check is not None:  # a refused value left its default: what `check` says of that is no fault of the user's
-        faults += [f for f in check(composed) if f.split("=", 1)[0] not in refused]
+        faults += [f for f in check(composed) if not {(name := f.split("=", 1)[0]), name.split(".")[0]} & refused]
     if faults:
         raise ConfigError(faults)
     return composed
+
+
+def takes_text(text: str, known: Mapping[str, Any], aliases: Mapping[str, str] | None = None) -> bool:
+    """Is `text` an override of a setting that holds text, and not in quotes? Then it is taken letter by letter."""
+    given, equals, rest = text.partition("=")
+    is_text = isinstance(known.get((aliases or {}).get(given, given)), str)
+    in_quotes = len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "'\""
+    return bool(equals) and is_text and not in_quotes
+
+
+def _literal(value: Any) -> Any:
+    """`${…}` in a setting is text, not OmegaConf's interpolation: nothing of the environment slips into a config."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: str(m[1]) * 2 + "\\${", value)
+    if isinstance(value, list):
+        return [_literal(v) for v in value]
+    return {k: _literal(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
@@ -133,7 +158,7 @@ def quoted(text: str) -> str:
 
     In Hydra's quotes a backslash means something only before a quote, where it is doubled.
     """
-    if re.fullmatch(r"[\w.-]*/[\w./-]*", text):
+    if re.fullmatch(r"[\w.-]*/[\w./-]*", text, re.ASCII):
         return text
     escaped = re.sub(r"(\\*)('|\Z)", lambda m: str(m[1]) * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"

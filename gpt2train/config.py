@@ -6,6 +6,7 @@ of wrong settings answer at once. Files in `configs/train/` hold only what a mod
     GPT2TrainError                exit code 1
     ├── ConfigError               2   settings that cannot work; all of them, together
     ├── RunExistsError            2   starting from nothing over an existing run, without the explicit word
+    ├── RunInUseError             3   another process owns the run folder
     ├── CheckpointError           5   no whole checkpoint where one was asked for
     ├── NonFiniteError            6   a loss or gradient is not finite; the update was not made
     └── PeerError                 7   a rank died or stopped; the cause is named
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 REQUEUE_EXIT_CODE = 85
@@ -48,6 +50,10 @@ class ConfigError(GPT2TrainError):
 
 class RunExistsError(GPT2TrainError):
     exit_code = 2
+
+
+class RunInUseError(GPT2TrainError):
+    exit_code = 3
 
 
 class CheckpointError(GPT2TrainError):
@@ -388,6 +394,45 @@ class ReportConfig:
 
     path: str = ""
     """Folder of a corpus or of a run."""
+
+
+def run_faults(run: str) -> list[str]:
+    """What keeps `run` from being a folder of a run, of a checkpoint or in Hugging Face format; a look, no reading."""
+    path = Path(run)
+    if not run:
+        return ["run='': must name a run, checkpoint or Hugging Face folder; give run=runs/NAME"]
+    if not path.is_dir():
+        return [f"run={run}: there is no such folder; give the folder that `train` got as run_dir"]
+    whole = any((path / name).exists() for name in ("checkpoints", "manifest.json", "config.json"))
+    if not whole and path.parent.name != "checkpoints":
+        return [f"run={run}: holds no checkpoint; give the folder that `train` got as run_dir"]
+    return []
+
+
+def check_generate(config: GenerateConfig) -> list[str]:
+    """All faults of `config`, one line each; empty when it can run."""
+    faults = run_faults(config.run)
+    if config.max_new_tokens < 1:
+        faults.append(f"max_new_tokens={config.max_new_tokens}: must be above 0; give max_new_tokens=128")
+    if not 0 <= config.temperature < float("inf"):
+        faults.append(f"temperature={config.temperature}: must be 0 (greedy) or more; give temperature=0.8")
+    if config.top_k < 0:
+        faults.append(f"top_k={config.top_k}: must be 0 (all) or more; give top_k=40")
+    if not 0 < config.top_p <= 1:
+        faults.append(f"top_p={config.top_p}: must lie in (0, 1]; give top_p=1.0")
+    if config.samples < 1:
+        faults.append(f"samples={config.samples}: must be above 0; give samples=1")
+    if not 0 <= config.seed < 2**63:
+        faults.append(f"seed={config.seed}: must lie in [0, 2⁶³); give seed=0")
+    return faults
+
+
+def check_export(config: ExportConfig) -> list[str]:
+    """All faults of `config`, one line each; empty when it can run."""
+    faults = run_faults(config.run)
+    if not config.to:
+        faults.append("to='': must name a new folder; give to=out")
+    return faults
 
 
 def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:

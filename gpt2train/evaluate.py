@@ -31,7 +31,7 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
-from gpt2train.config import ConfigError, EvaluateCommandConfig
+from gpt2train.config import ConfigError, EvaluateCommandConfig, run_faults
 from gpt2train.data import TokenWindows
 from gpt2train.model import GPT
 from gpt2train.release.hf import choose_device, is_hf_folder, load_model
@@ -189,9 +189,7 @@ def split_bytes(split: TokenSplit, tokens: int, tokenizer: Tokenizer) -> int:
 
 def check(config: EvaluateCommandConfig) -> list[str]:
     """All faults of `config`, one line each; empty when it can run."""
-    faults = []
-    if not config.run:
-        faults.append("run='': must name a run, checkpoint or Hugging Face folder; give run=runs/NAME")
+    faults = run_faults(config.run)
     for name, least in (("sequences", 0), ("stride", 1), ("batch", 1)):
         if getattr(config, name) < least:
             faults.append(f"{name}={getattr(config, name)}: must be at least {least}; leave it out")

@@ -20,7 +20,7 @@ import torch
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, GenerateConfig, NonFiniteError
+from gpt2train.config import ConfigError, GenerateConfig, NonFiniteError, check_generate
 from gpt2train.model import GPT, KeyValueCache
 from gpt2train.release.hf import choose_device, load_model
 
@@ -114,29 +114,9 @@ def utf8_stream(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
         yield rest
 
 
-def check(config: GenerateConfig) -> list[str]:
-    """All faults of `config`, one line each; empty when it can run."""
-    faults = []
-    if not config.run:
-        faults.append("run='': must name a run, checkpoint or Hugging Face folder; give run=runs/NAME")
-    if config.max_new_tokens < 1:
-        faults.append(f"max_new_tokens={config.max_new_tokens}: must be above 0; give max_new_tokens=128")
-    if not 0 <= config.temperature < float("inf"):
-        faults.append(f"temperature={config.temperature}: must be 0 (greedy) or more; give temperature=0.8")
-    if config.top_k < 0:
-        faults.append(f"top_k={config.top_k}: must be 0 (all) or more; give top_k=40")
-    if not 0 < config.top_p <= 1:
-        faults.append(f"top_p={config.top_p}: must lie in (0, 1]; give top_p=1.0")
-    if config.samples < 1:
-        faults.append(f"samples={config.samples}: must be above 0; give samples=1")
-    if not 0 <= config.seed < 2**63:
-        faults.append(f"seed={config.seed}: must lie in [0, 2⁶³); give seed=0")
-    return faults
-
-
 def generate(config: GenerateConfig) -> int:
     """Writes the samples to standard output, one after another; sample i has the seed `seed` + i."""
-    faults = check(config)
+    faults = check_generate(config)
     if faults:
         raise ConfigError(faults)
     model = load_model(config.run, choose_device(config.device))

@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 from launch import rank as around_rank
-from launch.config import REQUEUE_EXIT_CODE, LaunchError, Starter
+from launch.config import REQUEUE_EXIT_CODE, ConfigError, LaunchError, Starter
 from launch.machine import LOOPBACK, count_cores
 from launch.rank import LAUNCHER_PID, file_of
 
@@ -205,7 +205,7 @@ def run_ranks(starts: Sequence[Start], *, processes: int, log_dir: Path, stop_ti
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise LaunchError(f"log_dir={log_dir}: {e.strerror}; give a folder that can be written to") from e
+        raise ConfigError([f"log_dir={log_dir}: {e.strerror}; give a folder that can be written to"]) from e
     with _own(log_dir), stop_signals() as received:
         for kind in ("started", "ended"):
             for stale in log_dir.glob(f"rank_*.{kind}"):

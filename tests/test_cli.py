@@ -195,3 +195,74 @@ def test_errors_of_faulty_config_carry_their_list() -> None:
     with pytest.raises(ConfigError) as error:
         compose(TrainConfig, ["a=1", "b=2"])
     assert len(error.value.faults) == 2
+
+
+TEXTS = [
+    "In a shocking finding,",
+    "Hello, world",
+    "It's",
+    "Who (what)?",
+    "naïve café",
+    "a=b",
+    "[a]",
+    "null",
+    "true",
+    "1e3",
+    " leading space",
+    "two\nlines",
+    "$(touch x)",
+    "~/x",
+    "${x} and ${oc.env:HOME}",
+    "\\${x}",
+    "'Tis",
+    '"',
+    "",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_setting_that_holds_text_takes_it_letter_by_letter(text: str) -> None:
+    assert compose(TrainConfig, [f"run_dir={text}"]).run_dir == text
+    assert compose(TrainConfig, [f"data={text}"], aliases={"data": "data.path"}).data.path == text
+
+
+def test_text_in_quotes_is_what_stands_between_them() -> None:
+    assert compose(TrainConfig, ["run_dir='a, b'"]).run_dir == "a, b"
+    assert compose(TrainConfig, ['run_dir="it\'s"']).run_dir == "it's"
+
+
+def test_a_refused_value_brings_no_faults_behind_it() -> None:
+    with pytest.raises(ConfigError) as error:
+        compose(TrainConfig, ["model=nan", "model.heads=5", "steps=1,2", *RUNNABLE[:2]], groups=TRAIN, check=check)
+    assert [fault.split(":")[0] for fault in error.value.faults] == ["model=nan", "steps=1,2"]
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_a_run_that_is_none_is_told_before_torch_is_loaded(command: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for run_dir, part in ((tmp_path / "nope", "there is no such folder"), (tmp_path / "empty", "holds no checkpoint")):
+        start = time.monotonic()
+        result = run(command, f"run={run_dir}")
+        assert result.returncode == 2
+        assert part in result.stderr
+        assert time.monotonic() - start < 2.5
+
+
+def test_help_shows_the_defaults_that_are_in_force() -> None:
+    assert "url_list.min_score=3 " in command_help("corpus")
+    assert "recipe=webtext " in command_help("corpus")
+
+
+def test_completion_knows_sweeps_and_launches() -> None:
+    assert "out=" in complete(["sweep", "ou"])
+    assert complete(["launch", "starter=t"]) == ["torchrun"]
+    assert "ladder" in complete(["sweep", "model="])
+
+
+def test_a_sweep_takes_text_settings_and_refuses_run_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ["model=nano,micro", "steps=1", "device=cpu", "batch.sequences=8", "dry_run=true"]
+    odd = tmp_path / "é (1), 'x' $(touch y)"
+    assert main(["sweep", *settings, f"out={odd}", f"data={odd}"]) == 0
+    assert capsys.readouterr().out.count("gpt2train train") == 2
+    assert main(["sweep", *settings, f"out={odd}", "data=x", "run_dir=y"]) == 2
+    assert "each trial gets its own" in capsys.readouterr().err

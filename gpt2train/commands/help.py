@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
+from typing import Any
 
 from gpt2train.commands.table import COMMANDS, LADDER, groups_of, load
-from gpt2train.compose import choices, group_names, leaves
+from gpt2train.compose import choices, compose, group_names, leaves
 
 
 def overview() -> str:
@@ -36,24 +37,26 @@ def command_help(name: str) -> str:
     for group in group_names(groups):
         assert groups is not None
         lines += ["", f"{group}=  one of {', '.join(choices(groups, group))}"]
+    launch, sweep = load("launch.config:LaunchConfig"), load("gpt2train.config:SweepConfig")
     if name in ("launch", "sweep"):
-        lines += ["", "Settings of the launch:", *_settings_help(load("launch.config:LaunchConfig"))]
+        lines += ["", "Settings of the launch:", *_settings_help(launch, launch())]
     if name == "sweep":
-        lines += ["", "Settings of the sweep:", *_settings_help(load("gpt2train.config:SweepConfig"))]
+        lines += ["", "Settings of the sweep:", *_settings_help(sweep, sweep())]
         lines += ["", f"model=ladder stands for {','.join(LADDER)}; any setting may have several values: key=a,b"]
-    lines += ["", "Settings:", *_settings_help(load(command.schema))]
+    schema = load(command.schema)
+    in_force = compose(schema, [], groups=groups) if groups else schema()  # what the default groups change shows, too
+    lines += ["", "Settings:", *_settings_help(schema, in_force)]
     return "\n".join(lines)
 
 
-def _settings_help(schema: type, prefix: str = "") -> list[str]:
+def _settings_help(schema: type, instance: Any, prefix: str = "") -> list[str]:
     documentation = _field_documentation(schema)
-    instance = schema()
     lines: list[str] = []
-    nested: list[tuple[str, type]] = []
+    nested: list[tuple[str, Any]] = []
     for f in fields(schema):
         value = getattr(instance, f.name)
         if is_dataclass(value):
-            nested.append((f.name, type(value)))
+            nested.append((f.name, value))
             continue
         shown = _shown(value)
         text = documentation.get(f.name, "")
@@ -66,8 +69,8 @@ def _settings_help(schema: type, prefix: str = "") -> list[str]:
             subsequent_indent=" " * 8,
             break_on_hyphens=False,
         )
-    for name, kind in nested:
-        lines += _settings_help(kind, f"{prefix}{name}.")
+    for name, value in nested:
+        lines += _settings_help(type(value), value, f"{prefix}{name}.")
     return lines
 
 
@@ -106,17 +109,21 @@ def complete(words: Sequence[str]) -> list[str]:
     if command is None:
         return []
     groups = groups_of(command)
+    known = leaves(load(command.schema))
+    if before[0] in ("launch", "sweep"):
+        known |= leaves(load("launch.config:LaunchConfig"))
+    if before[0] == "sweep":
+        known |= leaves(load("gpt2train.config:SweepConfig"))
     if "=" in last:
         key, start = last.split("=", 1)
         if groups is not None and key in group_names(groups):
-            return [c for c in choices(groups, key) if c.startswith(start)]
-        value = leaves(load(command.schema)).get(key)
+            names = choices(groups, key) + (["ladder"] if before[0] == "sweep" and key == "model" else [])
+            return [c for c in names if c.startswith(start)]
+        value = known.get(key)
         members = [m.name for m in type(value)] if isinstance(value, Enum) else []
         members += ["true", "false"] if isinstance(value, bool) else []
         return [m for m in members if m.startswith(start)]
-    keys = [*group_names(groups), *command.aliases, *leaves(load(command.schema))]
-    if before[0] in ("launch", "sweep"):
-        keys += leaves(load("launch.config:LaunchConfig"))
+    keys = [*group_names(groups), *command.aliases, *known]
     return sorted({f"{key}=" for key in keys if key.startswith(last)})
 
 

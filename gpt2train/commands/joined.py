@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2train.commands.table import DATA, LADDER
-from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted
+from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted, takes_text
 from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
 from launch import config as launch_config
 
@@ -107,6 +107,10 @@ def sweep_training(overrides: Sequence[str]) -> int:
     where = _composed(faults, SweepConfig, sweep_overrides)
     if not where.out:
         faults.append("out='': must name the sweep's folder; give out=runs/NAME")
+    elif Path(where.out).exists() and not Path(where.out).is_dir():
+        faults.append(f"out={where.out}: is a file; give a folder")
+    if any(o.startswith("run_dir=") for o in rest):
+        faults.append("run_dir: each trial gets its own below out=; leave it out")
     if _wants_cpu(rest):
         how.gpus = launch_config.Gpus.none
     ranks = rank_count(how)
@@ -200,12 +204,16 @@ def _axes(faults: list[str], overrides: Sequence[str]) -> list[list[str]]:
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
+    known = leaves(TrainConfig)
     axes = []
     for text in overrides:
         try:
             override = parser.parse_override(f"model={','.join(LADDER)}" if text == "model=ladder" else text)
         except HydraException:
-            faults.append(f"{text}: not of the form key=value[,value…] that Hydra reads")
+            if takes_text(text, known, DATA):
+                axes.append([text])
+            else:
+                faults.append(f"{text}: not of the form key=value[,value…] that Hydra reads")
             continue
         if override.is_sweep_override():
             axes.append([f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()])

@@ -27,7 +27,15 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, claim
-from gpt2train.config import CheckpointError, ConfigError, ExportConfig, GPT2TrainError, ImportConfig, ModelConfig
+from gpt2train.config import (
+    CheckpointError,
+    ConfigError,
+    ExportConfig,
+    GPT2TrainError,
+    ImportConfig,
+    ModelConfig,
+    check_export,
+)
 from gpt2train.release.card import model_card
 from gpt2train.release.hf import hf_config, read_hf_folder, to_hf_state, weight_files
 from gpt2train.run_folder import IMPORTED
@@ -37,11 +45,7 @@ END_OF_TEXT_TOKEN = "<|endoftext|>"
 
 def export_run(config: ExportConfig) -> int:
     """Writes the run's newest whole checkpoint, or the checkpoint named, to the new folder `to`."""
-    faults = []
-    if not config.run:
-        faults.append("run='': must name a run or checkpoint folder; give run=runs/NAME")
-    if not config.to:
-        faults.append("to='': must name a new folder; give to=out")
+    faults = check_export(config)
     if faults:
         raise ConfigError(faults)
     target = Path(config.to)
