@@ -21,7 +21,7 @@ from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
 from data_pipeline.records import InputError
 from data_pipeline.steps import Steps, plain, rows_of
-from data_pipeline.store import Step, mark_done, prune, read_marker, recorded_outputs, why_not_done, write_json
+from data_pipeline.store import Step, mark_done, read_marker, recorded_outputs, why_not_done, write_json
 
 ROWS_PER_SHARD = 5_000
 LEAST_SHARDS = 8
@@ -49,7 +49,7 @@ class Entrance:
         source = Path(self.config.urls)
         if not source.exists() and run_urls:
             raise InputError(f"urls={source}: there is no such file or folder; check the path")
-        self.steps.shards = self._shard_count(lambda: urls.count_urls(source, self.config.url_list))
+        self.steps.cut_into(self._shard_count(lambda: urls.count_urls(source, self.config.url_list)))
         corpus, numbers = self.corpus, range(self.steps.shards)
         rules, blocked = self.config.url_list, self.config.url_list.blocked_domains_file
         if blocked and run_urls:
@@ -149,7 +149,7 @@ class Entrance:
         if run_fetch:
             self.steps.run("index", steps, index)
         self.steps.require("extract", [p for part in parts for p in part], "fetch")
-        self.steps.shards = self._shard_count(lambda: sum(rows_of(v) for _, v in parts))
+        self.steps.cut_into(self._shard_count(lambda: sum(rows_of(v) for _, v in parts)))
         outputs = tuple(
             p for k in range(self.steps.shards) for p in (corpus.table("fetch", k), corpus.verdicts("fetch", k))
         )
@@ -202,12 +202,11 @@ class Entrance:
                     self.config.shards,
                     rules.because if rules else None,
                 )
-                prune(folder, written)
                 mark_done(step, {"shards": made}, self.steps.hashes, written)
         marker = read_marker(step)
         if marker is None:
             raise InputError(f"stages={self.config.stages}: the dataset was not read yet; add extract")
-        self.steps.shards = int(marker["counts"]["shards"])
+        self.steps.cut_into(int(marker["counts"]["shards"]))
         self.steps.require("filter", list(recorded_outputs(step, marker)), "extract")
 
     def _shard_count(self, count_rows: Callable[[], int]) -> int:

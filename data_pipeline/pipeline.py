@@ -36,7 +36,6 @@ from data_pipeline.store import (
     Step,
     lock,
     mark_done,
-    prune,
     remove_temporaries,
     stands_but_for,
     storage_errors,
@@ -387,7 +386,6 @@ class Run:
         results: dict[str, Mapping[str, Any]] = {}
         work = [Task(f"ledger {k:05d}", tasks.write_ledger, (self.out, k, stages)) for k in range(self.steps.shards)]
         self.steps.executor.run(work, on_done=lambda task, result: results.__setitem__(task.label, result))
-        prune(self.corpus.folder("ledger"), [self.corpus.ledger(k) for k in range(self.steps.shards)])
         summary: dict[str, Any] = ledger.funnel([results[task.label] for task in work], stages)
         finished = stages[-1] == "decontaminate" and all(
             self.corpus.table("documents", k).exists() for k in range(self.steps.shards)

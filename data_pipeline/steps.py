@@ -14,15 +14,16 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data_pipeline.config import STAGES
 from data_pipeline.executors import Executor, Task
 from data_pipeline.layout import Corpus
 from data_pipeline.progress import Reporter
 from data_pipeline.records import InputError
-from data_pipeline.store import Hashes, Step, mark_done, why_not_done
+from data_pipeline.store import Hashes, Step, mark_done, prune, why_not_done
 
 
 class Steps:
-    """The steps of one run over one corpus folder. `shards` is known once the rows have entered."""
+    """The steps of one run over one corpus folder. `shards` is known once `cut_into` was called."""
 
     def __init__(self, corpus: Corpus, executor: Executor, reporter: Reporter, asked: Sequence[str]) -> None:
         self.corpus = corpus
@@ -33,6 +34,12 @@ class Steps:
         """The stages that the user named; empty: all."""
         self.hashes = Hashes()
         self.shards = 0
+
+    def cut_into(self, shards: int) -> None:
+        """From now on there are so many shards; what an earlier run left of higher ones goes, WARC files excepted."""
+        self.shards = shards
+        for stage in (*STAGES, "rescue", "documents", "ledger"):
+            prune(self.corpus.folder(stage), shards)
 
     def require(self, stage: str, files: Sequence[Path], before: str) -> None:
         missing = [p for p in files if not p.exists()]

@@ -248,13 +248,18 @@ def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Se
     )
 
 
-def prune(folder: Path, keep: Sequence[Path]) -> list[Path]:
-    """Remove the numbered files of `folder` that no step makes any more (a run with more shards left them)."""
-    kept = set(keep)
-    gone = [p for p in folder.glob("[0-9][0-9][0-9][0-9][0-9].*") if p not in kept]
+def prune(folder: Path, shards: int) -> list[Path]:
+    """Remove the numbered files of `folder` whose shard is none of `shards` (a run with more shards left them)."""
+    gone = [p for p in folder.glob("[0-9][0-9][0-9][0-9][0-9]*.*") if _shard_of(p) >= shards and p.is_file()]
     for path in gone:
         path.unlink()
     return gone
+
+
+def _shard_of(path: Path) -> int:
+    """The shard whose number a file's name begins with; -1 for a name that only looks like it."""
+    number = path.name.split(".")[0]
+    return int(number) if number.isdecimal() else -1
 
 
 def _hashes_of(paths: Sequence[Path], step: Step, hashes: Hashes) -> dict[str, str | None]:

@@ -123,12 +123,14 @@ def test_outputs_that_only_the_work_knows_are_checked_too(tmp_path: Path) -> Non
     assert "00007.txt is damaged" in str(why_not_done(step, Hashes()))
 
 
-def test_prune_takes_only_numbered_files_that_nothing_makes(tmp_path: Path) -> None:
-    for name in ("00000.parquet", "00001.parquet", "00001.done.json", "all.done.json"):
+def test_prune_takes_only_numbered_files_of_shards_that_are_no_more(tmp_path: Path) -> None:
+    stay = ["00000.parquet", "00000.done.json", "all.done.json", "00001-000.warc.gz", "file_00001.parquet"]
+    go = ["00001.done.json", "00001.parquet", "00012.signatures.parquet"]
+    for name in (*stay, *go):
         (tmp_path / name).touch()
-    gone = prune(tmp_path, [tmp_path / "00000.parquet"])
-    assert sorted(p.name for p in gone) == ["00001.done.json", "00001.parquet"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.parquet", "all.done.json"]
+    assert sorted(p.name for p in prune(tmp_path, 1)) == go
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(stay)
+    assert not prune(tmp_path / "none", 1)
 
 
 def hold(folder: Path, held: str) -> None:

@@ -1,0 +1,93 @@
+"""A corpus folder that is used again, wrongly or for the last time: what is left of it, and what the user is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline import pipeline
+from data_pipeline.config import CorpusConfig, LanguageConfig, Source, TokenizeConfig
+from data_pipeline.executors import Task
+from data_pipeline.pipeline import build_corpus
+
+PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:6]
+
+
+class Inline:
+    """An executor that runs tasks in this process: no worker has to start and import."""
+
+    workers = 1
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        *,
+        on_done: Callable[[Task, dict[str, Any]], None],
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        for task in tasks:
+            on_done(task, task.function(*task.arguments))
+
+
+@pytest.fixture(autouse=True)
+def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_executor", lambda config, out: Inline())
+
+
+def dataset(path: Path, texts: Sequence[str]) -> Path:
+    rows = ({"url": f"https://site{i}.test/{i}", "text": text} for i, text in enumerate(texts))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CorpusConfig:
+    """A corpus of six texts in three shards, not built yet."""
+    return CorpusConfig(
+        source=Source.dataset,
+        path=str(dataset(tmp_path / "texts.jsonl", PROSE)),
+        out=str(tmp_path / "out"),
+        shards=3,
+        workers=1,
+        progress=False,
+        language=LanguageConfig(keep=[]),
+        tokenize=TokenizeConfig(validation_fraction=0.2),
+    )
+
+
+def texts_of(out: Path) -> list[str]:
+    files = sorted((out / "documents").glob("*.parquet"))
+    return [text for file in files for text in pq.read_table(file)["text"].to_pylist()]
+
+
+# ── fewer shards than before ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_fewer_shards_leave_nothing_of_the_higher_ones(config: CorpusConfig, tmp_path: Path) -> None:
+    out = Path(config.out)
+    build_corpus(config)
+    for stale in ("fetch/00002.journal.jsonl", "urls/00001.parquet", "warc/00002-000.warc.gz", "fetch/retry.json"):
+        (out / stale).parent.mkdir(exist_ok=True)
+        (out / stale).touch()
+    build_corpus(replace(config, path=str(dataset(tmp_path / "other.jsonl", PROSE[:2])), shards=1))
+    left = {p.relative_to(out).as_posix() for p in out.rglob("0000[1-9]*")}
+    assert left == {"warc/00002-000.warc.gz"}
+    assert (out / "fetch/retry.json").exists()
+    assert sorted(texts_of(out)) == sorted(PROSE[:2])
+    fresh = tmp_path / "fresh"
+    build_corpus(replace(config, path=str(tmp_path / "other.jsonl"), shards=1, out=str(fresh)))
+    for folder in ("extract", "filter", "dedup", "decontaminate", "documents", "tokenize", "ledger"):
+        assert sorted(p.name for p in (out / folder).iterdir()) == sorted(p.name for p in (fresh / folder).iterdir())
