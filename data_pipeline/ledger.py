@@ -86,6 +86,29 @@ def count(rows: Sequence[Mapping[str, Any]], where: str) -> dict[str, Any]:
     }
 
 
+_REMEDIES = {
+    "urls": "mend the list, or loosen url_list.*",
+    "fetch": "give other pages, or loosen fetch.*",
+    "extract": "give pages or texts that hold more, or loosen extract.*",
+    "filter": "loosen language.* or quality.*",
+    "dedup": "give other documents, or loosen dedup.*",
+    "decontaminate": "give other documents, or loosen decontaminate.*",
+}
+
+
+def why_nothing_is_left(summary: Mapping[str, Any]) -> str:
+    """One line for a corpus without a document: the end that most rows came to, and what to do."""
+    ends = [(n, row["stage"], *end.split(":", 1)) for row in summary["stages"] for end, n in row["reasons"].items()]
+    if not ends:
+        return "no row came in; give other input"
+    n, stage, state, reason = max(ends, key=lambda end: int(end[0]))
+    remedy = _REMEDIES[stage]
+    if stage == "fetch" and state == FAILED and summary["source"] == "urls":
+        remedy = f"mend the network or the list, then run again with retry=[{reason}]"
+    rows = f"{n:,} of {summary['urls']['in']:,} rows"
+    return f"no document is left: {rows} {state} at {stage} for {reason}; {remedy}; `gpt2train report` shows all"
+
+
 def funnel(shards: Sequence[Mapping[str, Any]], stages: Sequence[str]) -> dict[str, Any]:
     """Totals over shards. Raises AccountingError unless rows in = kept + dropped (reason) + failed (reason)."""
     total: list[dict[str, Any]] = []

@@ -72,8 +72,11 @@ def build_corpus(config: CorpusConfig) -> int:
         with write_atomic(Corpus(out).config) as temporary:
             OmegaConf.save(OmegaConf.structured(config), temporary)
         with _executor(config, out) as executor:
-            Run(config, executor).run()
+            run = Run(config, executor)
+            run.run()
         remove_temporaries(out)  # of tasks whose worker died and that others finished
+        if run.nothing_left:
+            raise InputError(f"out={out}: {run.nothing_left}")
     return 0
 
 
@@ -121,6 +124,8 @@ class Run:
         self.corpus = Corpus(self.out)
         self.steps = Steps(self.corpus, executor, Reporter(bars=config.progress), config.stages)
         self.entrance = Entrance(config, self.steps)
+        self.nothing_left = ""
+        """Why there is no document to make token shards of, and what to do; empty where there is one."""
 
     def run(self, only: Sequence[str] = ()) -> None:
         """Run the stages that the settings name, or `only` those."""
@@ -357,6 +362,11 @@ class Run:
         )
         parts = [corpus.part(k) for k in range(self.steps.shards)]
         settings = {**plain(c), "tokenizer": vocabulary}
+        if not any(rows_of(p) for _, p in parts):
+            self.nothing_left = "no document is left"  # `close` tells why
+            (corpus.folder("tokenize") / "tokens.done.json").unlink(missing_ok=True)
+            shutil.rmtree(corpus.tokens, ignore_errors=True)  # of documents that are no more in the corpus
+            return
         gone = (corpus.tombstones,) if corpus.tombstones.exists() else ()
         made_of = (*(p for part in parts for p in part), *gone)
         step = Step("tokens", "tokens", corpus.folder("tokenize"), settings, made_of, ())
@@ -414,3 +424,5 @@ class Run:
         for line in (*report.funnel_lines(summary), *report.measure_lines(summary)):
             self.steps.reporter.say(line)
         self.steps.reporter.say(f"corpus: {self.out}  report: {self.corpus.report}")
+        if self.nothing_left:
+            self.nothing_left = ledger.why_nothing_is_left(summary)

@@ -13,9 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import pipeline
-from data_pipeline.config import CorpusConfig, LanguageConfig, Source, TokenizeConfig
+from data_pipeline.config import CorpusConfig, LanguageConfig, QualityConfig, Source, TokenizeConfig
 from data_pipeline.executors import Task
+from data_pipeline.layout import Corpus
+from data_pipeline.ledger import why_nothing_is_left
 from data_pipeline.pipeline import build_corpus
+from data_pipeline.records import InputError
+from data_pipeline.report import write_corpus_report
+from data_pipeline.why import WhyConfig, why
 
 PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:6]
 
@@ -91,3 +96,45 @@ def test_fewer_shards_leave_nothing_of_the_higher_ones(config: CorpusConfig, tmp
     build_corpus(replace(config, path=str(tmp_path / "other.jsonl"), shards=1, out=str(fresh)))
     for folder in ("extract", "filter", "dedup", "decontaminate", "documents", "tokenize", "ledger"):
         assert sorted(p.name for p in (out / folder).iterdir()) == sorted(p.name for p in (fresh / folder).iterdir())
+
+
+# ── nothing kept ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_corpus_without_a_document_tells_why(config: CorpusConfig, capfd: pytest.CaptureFixture[str]) -> None:
+    out = Path(config.out)
+    build_corpus(config)
+    assert (out / "tokens").exists()
+    hard = replace(config, quality=QualityConfig(min_words=1_000_000))
+    for _ in range(2):  # the second time it is all there, and the answer is the same
+        capfd.readouterr()
+        with pytest.raises(InputError, match=r"6 of 6 rows dropped at filter for too_few_words; loosen") as error:
+            build_corpus(hard)
+        assert "\n" not in str(error.value)
+        assert "dropped:too_few_words" in capfd.readouterr().err
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["urls"] == {"in": 6, "kept": 0, "dropped": 6, "failed": 0}
+    assert "tokens" not in summary
+    assert not (out / "tokens").exists(), "tokens of documents that are no more in the corpus"
+    assert why(WhyConfig("https://site0.test/0", config.out)) == 0
+    assert "dropped at filter: too_few_words" in capfd.readouterr().out
+    assert "too_few_words" in write_corpus_report(Corpus(out)).read_text()
+    build_corpus(config)
+    assert (out / "tokens/manifest.json").exists()
+
+
+def test_rows_that_failed_in_the_fetch_are_to_be_tried_again() -> None:
+    stages = [{"stage": "fetch", "reasons": {"failed:dns": 3, "dropped:robots": 1}}, {"stage": "filter", "reasons": {}}]
+    said = why_nothing_is_left({"stages": stages, "urls": {"in": 4}, "source": "urls"})
+    assert "3 of 4 rows failed at fetch for dns" in said
+    assert "retry=[dns]" in said
+    assert "retry" not in why_nothing_is_left({"stages": stages, "urls": {"in": 4}, "source": "warc"})
+    assert "no row came in" in why_nothing_is_left({"stages": [], "urls": {"in": 0}, "source": "warc"})
+
+
+def test_all_documents_may_be_taken_down(config: CorpusConfig, tmp_path: Path) -> None:
+    build_corpus(config)
+    (tmp_path / "all.txt").write_text("".join(f"site{i}.test\n" for i in range(len(PROSE))))
+    assert build_corpus(replace(config, forget=str(tmp_path / "all.txt"))) == 0
+    assert texts_of(Path(config.out)) == []
+    assert not (Path(config.out) / "tokens").exists()
