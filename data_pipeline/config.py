@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from enum import Enum
 
 STAGES = ("urls", "fetch", "extract", "filter", "dedup", "decontaminate", "tokenize")
@@ -19,6 +20,13 @@ FETCH_REASONS = tuple(
     "dns connect tls timeout http_status too_large header_too_large truncated protocol bad_encoding robots_unreachable "
     "redirect_loop too_many_redirects retry_after out_of_budget "
     "robots noindex wrong_type blocked_address bad_scheme crawl_delay".split()
+)
+
+# The languages that py3langid tells apart (ISO 639-1), and "und" for a text without a letter.
+LANGUAGES = tuple(
+    "af am an ar as az be bg bn br bs ca cs cy da de dz el en eo es et eu fa fi fo fr ga gl gu he hi hr ht hu hy id "
+    "is it ja jv ka kk km kn ko ku ky la lb lo lt lv mg mk ml mn mr ms mt nb ne nl nn no oc or pa pl ps pt qu ro ru "
+    "rw se si sk sl sq sr sv sw ta te th tl tr ug uk ur vi vo wa xh zh zu und".split()
 )
 
 
@@ -423,6 +431,10 @@ def check(config: CorpusConfig) -> list[str]:
     require(
         0 <= c.language.min_score <= 1, "language.min_score", c.language.min_score, "must lie in [0, 1]", "give 0.65"
     )
+    for code in c.language.keep:
+        near = get_close_matches(code.lower()[:2], LANGUAGES, cutoff=0.5) or ["en"]
+        bound = "must be the ISO 639-1 code of a language that is identified"
+        require(code in LANGUAGES, "language.keep", code, bound, f"give {' or '.join(near)}")
     require(
         len(c.quality.max_top_ngram_character_ratios) in (0, 3),
         "quality.max_top_ngram_character_ratios",

@@ -7,13 +7,15 @@ every row; and says how many shards there are.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from data_pipeline import forget, tasks, texts
 from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.crawl import retry, urls
+from data_pipeline.crawl.addresses import read_hosts_file
 from data_pipeline.crawl.fetch import FetchShard
 from data_pipeline.crawl.rescue import Rescue
 from data_pipeline.executors import Task
@@ -47,8 +49,6 @@ class Entrance:
 
     def enter_by_urls(self, run_urls: bool, run_fetch: bool) -> None:
         source = Path(self.config.urls)
-        if not source.exists() and run_urls:
-            raise InputError(f"urls={source}: there is no such file or folder; check the path")
         self.steps.cut_into(self._shard_count(lambda: urls.count_urls(source, self.config.url_list)))
         corpus, numbers = self.corpus, range(self.steps.shards)
         rules, blocked = self.config.url_list, self.config.url_list.blocked_domains_file
@@ -222,6 +222,59 @@ class Entrance:
         shards = self.config.shards or earlier or max(LEAST_SHARDS, -(-count_rows() // ROWS_PER_SHARD))
         write_json({"shards": shards}, self.out / "shards.json")
         return shards
+
+
+def check_inputs(config: CorpusConfig, stages: Sequence[str]) -> None:
+    """Look at the files and folders that the settings name for `stages`, before any work.
+
+    Raises InputError with a line for each that is not there or cannot be used.
+    """
+    faults = []
+    for look in _looks(config, stages):
+        try:
+            look()
+        except InputError as e:
+            faults.append(str(e))
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def _looks(config: CorpusConfig, stages: Sequence[str]) -> Iterator[Callable[[], object]]:
+    fetch = config.fetch
+    if config.source is Source.warc:
+        yield lambda: _warc_files("path", Path(config.path))
+    if config.source is Source.dataset:
+        yield lambda: texts.dataset_files(config.path)
+    if config.source is Source.urls and "urls" in stages:
+        yield lambda: urls.list_files(Path(config.urls))
+        if blocked := config.url_list.blocked_domains_file:
+            yield lambda: read_list(blocked, "url_list.blocked_domains_file")
+    if config.source is Source.urls and "fetch" in stages:
+        if fetch.hosts_file:
+            yield lambda: read_hosts_file(Path(fetch.hosts_file))
+        if fetch.rescue:
+            yield lambda: _warc_files("fetch.rescue", Path(fetch.rescue))
+        if fetch.since:
+            yield lambda: _require_fetched(Path(fetch.since))
+    if "filter" in stages and (words := config.quality.blocked_words_file):
+        yield lambda: read_list(words, "quality.blocked_words_file")
+    for folder in config.dedup.against if "dedup" in stages else []:
+        yield partial(tasks.old_index, Path(folder))
+    for path in config.decontaminate.paths if "decontaminate" in stages else []:
+        yield partial(_require_file, path, "decontaminate.paths")
+    if domains := config.report.domains:
+        yield lambda: read_list(domains, "report.domains")
+
+
+def _require_file(path: str, setting: str) -> None:
+    if not Path(path).is_file():
+        raise InputError(f"{setting}={path}: there is no such file; check the path")
+
+
+def _require_fetched(since: Path) -> None:
+    shards = _fixed_shards(since)
+    if shards is None or not all(Corpus(since).table("fetch", k).exists() for k in range(shards)):
+        raise InputError(f"fetch.since={since}: must be a corpus whose fetch is finished; check the path")
 
 
 def _fixed_shards(corpus: Path) -> int | None:

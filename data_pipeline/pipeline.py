@@ -24,10 +24,9 @@ from omegaconf import OmegaConf
 
 from data_pipeline import card, executors, forget, ledger, report, tasks, tokenizer, what_if
 from data_pipeline.config import STAGES, CorpusConfig, Executor, Source, check
-from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD, Entrance
+from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD, Entrance, check_inputs
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
-from data_pipeline.lists import read_list
 from data_pipeline.pack import write_token_shards
 from data_pipeline.progress import Reporter
 from data_pipeline.records import ConfigError, InputError
@@ -67,6 +66,7 @@ def build_corpus(config: CorpusConfig) -> int:
         return what_if.what_if(config)
     if config.forget:
         return take_down(config)
+    check_inputs(config, config.stages or STAGES)
     with lock(out), storage_errors(out):
         remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
@@ -84,6 +84,8 @@ def take_down(config: CorpusConfig) -> int:
     """Remove what `config.forget` names from the corpus, and run again the stages that this concerns."""
     corpus = Corpus(Path(config.out))
     settings = forget.settings_of(config)
+    stages = [s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages]
+    check_inputs(settings, stages)
     with lock(corpus.out), storage_errors(corpus.out):
         remove_temporaries(corpus.out)
         with _executor(settings, corpus.out) as executor:
@@ -94,7 +96,7 @@ def take_down(config: CorpusConfig) -> int:
             run.steps.reporter.say(
                 f"forget: {texts_gone:,} texts go, and {copies:,} URLs of copies that would come instead"
             )
-            run.run([s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages])
+            run.run(stages)
             if config.forget_archive:
                 blanked, left = forget.blank_responses(corpus, forget.archived_pages(corpus))
                 run.steps.reporter.say(
@@ -234,8 +236,6 @@ class Run:
         settings = {**plain(self.config.language, "language."), **plain(self.config.quality, "quality.")}
         settings.pop("quality.blocked_words_file")  # what it says counts, not what it is called
         blocked = self.config.quality.blocked_words_file
-        if blocked:
-            read_list(blocked, "quality.blocked_words_file")
         lists = (Path(blocked),) if blocked else ()
         self.steps.by_shard(
             "filter",
@@ -303,9 +303,6 @@ class Run:
     def decontaminate(self) -> None:
         corpus, c = self.corpus, self.config.decontaminate
         self.steps.require("decontaminate", [corpus.verdicts("dedup", k) for k in range(self.steps.shards)], "dedup")
-        missing = [p for p in c.paths if not Path(p).is_file()]
-        if missing:
-            raise InputError(f"decontaminate.paths={missing[0]}: there is no such file; check the path")
         settings = {name: value for name, value in plain(c).items() if name != "paths"}
         finish = self.config.documents
         sets = tuple(Path(p) for p in c.paths)

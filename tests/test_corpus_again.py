@@ -13,7 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline import pipeline
-from data_pipeline.config import CorpusConfig, LanguageConfig, QualityConfig, Source, TokenizeConfig
+from data_pipeline.clean import language
+from data_pipeline.config import (
+    LANGUAGES,
+    CorpusConfig,
+    CorpusReportConfig,
+    DecontaminateConfig,
+    DedupConfig,
+    LanguageConfig,
+    QualityConfig,
+    Source,
+    TokenizeConfig,
+    check,
+)
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
 from data_pipeline.ledger import why_nothing_is_left
@@ -138,3 +150,58 @@ def test_all_documents_may_be_taken_down(config: CorpusConfig, tmp_path: Path) -
     assert build_corpus(replace(config, forget=str(tmp_path / "all.txt"))) == 0
     assert texts_of(Path(config.out)) == []
     assert not (Path(config.out) / "tokens").exists()
+
+
+# ── input that is not there ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_that_are_not_there_are_named_together_before_any_work(config: CorpusConfig, tmp_path: Path) -> None:
+    none = str(tmp_path / "none")
+    later: dict[str, Any] = {
+        "quality": QualityConfig(blocked_words_file=f"{none}.words"),
+        "dedup": DedupConfig(against=[f"{none}.corpus"]),
+        "decontaminate": DecontaminateConfig(paths=[f"{none}.txt", f"{none}.jsonl"]),
+        "report": CorpusReportConfig(domains=f"{none}.domains"),
+    }
+    names = ["quality.blocked_words_file", "dedup.against", "decontaminate.paths", "decontaminate.paths"]
+    crawl = CorpusConfig(urls=f"{none}.urls", out=config.out)
+    crawl.url_list.blocked_domains_file = f"{none}.blocked"
+    crawl.fetch.hosts_file, crawl.fetch.rescue, crawl.fetch.since = f"{none}.hosts", f"{none}.warc", f"{none}.since"
+    of_crawl = ["urls", "url_list.blocked_domains_file", "fetch.hosts_file", "fetch.rescue", "fetch.since"]
+    for given, expected in (
+        (replace(config, **later), names),
+        (replace(config, path=f"{none}.jsonl", **later), ["path", *names]),
+        (replace(config, source=Source.warc, path=none, **later), ["path", *names]),
+        (replace(crawl, **later), [*of_crawl, *names]),
+    ):
+        with pytest.raises(InputError) as error:
+            build_corpus(given)
+        lines = str(error.value).split("\n")
+        assert [line.split("=")[0] for line in lines] == [*expected, "report.domains"]
+        assert all("none" in line and ";" in line for line in lines)
+        assert not Path(config.out).exists()
+    build_corpus(replace(config, quality=later["quality"], stages=["extract"]))  # a stage that does not read it
+
+
+def test_a_take_down_looks_at_its_files_first(config: CorpusConfig, tmp_path: Path) -> None:
+    words = tmp_path / "words"
+    words.write_text("xyzzy\n")
+    build_corpus(replace(config, quality=QualityConfig(blocked_words_file=str(words))))
+    words.unlink()
+    (tmp_path / "list.txt").write_text("site1.test\n")
+    with pytest.raises(InputError, match=r"quality\.blocked_words_file=.*No such file"):
+        build_corpus(replace(config, forget=str(tmp_path / "list.txt")))
+    assert not (Path(config.out) / "forget.json").exists()
+
+
+def test_languages_that_nobody_tells_apart_are_refused() -> None:
+    assert {*LANGUAGES} == {*language._identifier().nb_classes, "und"}
+
+    def faults(*codes: str) -> list[str]:
+        return check(CorpusConfig(urls="x", language=LanguageConfig(keep=list(codes))))
+
+    assert faults(*LANGUAGES) == []
+    for code, near in (("eng", "en"), ("zh-cn", "zh"), ("DE", "de"), ("??", "en")):
+        (fault,) = faults("fr", code)
+        assert fault.startswith(f"language.keep={code}: ")
+        assert f"give {near}" in fault

@@ -116,7 +116,7 @@ def list_files(path: Path) -> list[Path]:
                 raise InputError(f"urls={path}: the folder holds no list; {_known_forms()}")
             return files
         if not path.exists():
-            raise InputError(f"urls={path}: no such file or folder; give the path of a URL list")
+            raise InputError(f"urls={path}: there is no such file or folder; give the path of a URL list")
     except OSError as e:
         raise InputError(f"urls={path}: {e.strerror}; check the path and its rights") from e
     if not _form(path):
