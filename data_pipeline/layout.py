@@ -102,7 +102,7 @@ def read_config(corpus: Corpus) -> CorpusConfig:
 
     try:
         stored = OmegaConf.merge(OmegaConf.structured(CorpusConfig), OmegaConf.load(corpus.config))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{corpus.out}: is no corpus folder (no config.yaml); run `gpt2train corpus` first") from None
     except OmegaConfBaseException as e:
         raise InputError(

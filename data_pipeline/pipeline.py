@@ -67,6 +67,7 @@ def build_corpus(config: CorpusConfig) -> int:
     if config.forget:
         return take_down(config)
     check_inputs(config, config.stages or STAGES)
+    _make_folder(out)
     with lock(out), storage_errors(out):
         remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
@@ -78,6 +79,14 @@ def build_corpus(config: CorpusConfig) -> int:
         if run.nothing_left:
             raise InputError(f"out={out}: {run.nothing_left}")
     return 0
+
+
+def _make_folder(out: Path) -> None:
+    with storage_errors(out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as e:
+            raise InputError(f"out={out}: no folder can be made there ({e.strerror}); give another out=") from None
 
 
 def take_down(config: CorpusConfig) -> int:

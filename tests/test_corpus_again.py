@@ -205,3 +205,16 @@ def test_languages_that_nobody_tells_apart_are_refused() -> None:
         (fault,) = faults("fr", code)
         assert fault.startswith(f"language.keep={code}: ")
         assert f"give {near}" in fault
+
+
+# ── the corpus folder ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_folder_that_cannot_be_made_is_refused(config: CorpusConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("example.org\n")
+    for out in (tmp_path / "file" / "x", tmp_path / "file" / "x" / "y", Path("/proc/z")):
+        with pytest.raises(InputError, match="no folder can be made there"):
+            build_corpus(replace(config, out=str(out)))
+        for changes in ({"forget": str(tmp_path / "file")}, {"what_if": ["quality.min_words=3"]}):
+            with pytest.raises(InputError, match=r"is no corpus folder|no stage `filter` was run there"):
+                build_corpus(replace(config, out=str(out), **changes))  # type: ignore[arg-type]
