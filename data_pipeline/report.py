@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
 from data_pipeline.records import KEPT, InputError
-from data_pipeline.store import write_atomic
+from data_pipeline.store import corruption_errors, write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SAMPLES = 6
@@ -79,15 +79,16 @@ def write_corpus_report(corpus: Corpus) -> Path:
     languages: Counter[str] = Counter()
     samples: list[dict[str, Any]] = []
     for file in sorted(corpus.folder("documents").glob("[0-9]*.parquet")):
-        parquet = pq.ParquetFile(file)
-        for batch in parquet.iter_batches(batch_size=500, columns=["url", "title", "text", "domain", "language"]):
-            for row in batch.to_pylist():
-                domains[row["domain"] or "—"] += 1
-                languages[row["language"] or "—"] += 1
-                lengths[max(i for i, least in enumerate(LENGTH_BINS) if len(row["text"]) >= least)] += 1
-        first = next(parquet.iter_batches(batch_size=1), None)
-        if first is not None and first.num_rows and len(samples) < SAMPLES:
-            samples += first.to_pylist()
+        with corruption_errors(file):
+            parquet = pq.ParquetFile(file)
+            for batch in parquet.iter_batches(batch_size=500, columns=["url", "title", "text", "domain", "language"]):
+                for row in batch.to_pylist():
+                    domains[row["domain"] or "—"] += 1
+                    languages[row["language"] or "—"] += 1
+                    lengths[max(i for i, least in enumerate(LENGTH_BINS) if len(row["text"]) >= least)] += 1
+            first = next(parquet.iter_batches(batch_size=1), None)
+            if first is not None and first.num_rows and len(samples) < SAMPLES:
+                samples += first.to_pylist()
     template = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text(encoding="utf-8")
     )
@@ -119,7 +120,7 @@ def compare_domains(corpus: Corpus, path: str) -> dict[str, Any]:
     found: Counter[str] = Counter()
     total = 0
     for file in sorted(corpus.folder("documents").glob("[0-9]*.parquet")):
-        for domain in pq.read_table(file, columns=["domain"])["domain"].to_pylist():
+        for domain in _columns(file, "domain")["domain"].to_pylist():
             total += 1
             name = (domain or "").lower()
             entry = name if name in rank else name.split(".")[0]
@@ -134,6 +135,11 @@ def compare_domains(corpus: Corpus, path: str) -> dict[str, Any]:
     }
 
 
+def _columns(file: Path, *names: str) -> pa.Table:
+    with corruption_errors(file):
+        return pq.read_table(file, columns=list(names))
+
+
 def _reason_samples(corpus: Corpus) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """(stage, "state:reason") → some rows that ended so, from all over the ledger."""
     # One a shard first, so that a single site at the list's head does not speak for all; then any.
@@ -141,7 +147,7 @@ def _reason_samples(corpus: Corpus) -> dict[tuple[str, str], list[dict[str, Any]
     more: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for file in sorted(corpus.folder("ledger").glob("[0-9]*.parquet")):
         seen: set[tuple[str, str]] = set()
-        for row in pq.read_table(file, columns=["url", "state", "reason", "detail", "stage"]).to_pylist():
+        for row in _columns(file, "url", "state", "reason", "detail", "stage").to_pylist():
             if row["state"] == KEPT:
                 continue
             key = (row["stage"], f"{row['state']}:{row['reason']}")
@@ -156,7 +162,7 @@ def _clusters(corpus: Corpus) -> dict[str, Any]:
     """How many clusters of duplicates there are by size, and the largest: who stays, and some of who goes."""
     if not corpus.duplicates.exists():
         return {"sizes": [], "largest": []}
-    table = pq.read_table(corpus.duplicates, columns=["index", "twin", "twin_url", "kind", "cluster_size"])
+    table = _columns(corpus.duplicates, "index", "twin", "twin_url", "kind", "cluster_size")
     # The rows of one cluster share their twin.
     size = dict(zip(table["twin"].to_pylist(), table["cluster_size"].to_pylist(), strict=True))
     largest = sorted(size, key=lambda twin: (-size[twin], twin))[:CLUSTERS]
@@ -167,7 +173,7 @@ def _clusters(corpus: Corpus) -> dict[str, Any]:
     wanted = {row["index"] for group in members.values() for row in group[:CLUSTER_SAMPLES]}
     url_of: dict[int, str] = {}
     for file in sorted(corpus.folder("dedup").glob("[0-9]*.signatures.parquet")) if wanted else []:
-        signed = pq.read_table(file, columns=["index", "url"])
+        signed = _columns(file, "index", "url")
         signed = signed.filter(pc.is_in(signed["index"], value_set=pa.array(list(wanted), pa.int64())))
         url_of.update(zip(signed["index"].to_pylist(), signed["url"].to_pylist(), strict=True))
     return {

@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.records import LockedError, StorageError
+from data_pipeline.records import CorruptionError, LockedError, StorageError
 
 # Errors of the machine, not of the program: the run ends with StorageError and goes on once they are mended.
 _MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
@@ -41,6 +41,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(
             f"{path}: {os.strerror(e.errno or 0)}; earlier results are intact, run the same command again once mended"
         ) from e
+
+
+@contextmanager
+def corruption_errors(path: Path) -> Iterator[None]:
+    """Turn what Arrow says of the damaged result `path` into a CorruptionError with the remedy."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as e:
+        if isinstance(e, OSError) and e.errno is not None:  # the machine's, not Arrow's
+            raise
+        raise CorruptionError(f"{path}: is damaged; run `gpt2train corpus` again, which makes it anew") from e
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl import urls
 from data_pipeline.layout import Corpus
 from data_pipeline.records import KEPT, ConfigError, InputError
+from data_pipeline.store import corruption_errors
 
 
 @dataclass
@@ -34,7 +35,8 @@ def find(corpus: Corpus, url: str) -> list[dict[str, Any]]:
         spellings.add(urls.normalize(url, UrlListConfig()))
     rows: list[dict[str, Any]] = []
     for file in sorted(corpus.folder("ledger").glob("[0-9]*.parquet")):
-        table = pq.read_table(file)
+        with corruption_errors(file):
+            table = pq.read_table(file)
         for spelling in spellings:
             rows += table.filter(pc.equal(table["url"], spelling)).to_pylist()
     return rows
@@ -66,6 +68,7 @@ def _print_tokens(corpus: Corpus, index: int) -> None:
     path = corpus.tokens / "documents.parquet"
     if not path.exists():
         return
-    table = pq.read_table(path, filters=[("index", "=", index)])
+    with corruption_errors(path):
+        table = pq.read_table(path, filters=[("index", "=", index)])
     for row in table.to_pylist():
         print(f"  tokens: {row['tokens']:,} from position {row['position']:,} of the {row['split']} split")

@@ -30,7 +30,7 @@ from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
 from data_pipeline.ledger import why_nothing_is_left
 from data_pipeline.pipeline import build_corpus
-from data_pipeline.records import InputError
+from data_pipeline.records import CorruptionError, InputError
 from data_pipeline.report import write_corpus_report
 from data_pipeline.why import WhyConfig, why
 
@@ -217,4 +217,32 @@ def test_a_folder_that_cannot_be_made_is_refused(config: CorpusConfig, tmp_path:
             build_corpus(replace(config, out=str(out)))
         for changes in ({"forget": str(tmp_path / "file")}, {"what_if": ["quality.min_words=3"]}):
             with pytest.raises(InputError, match=r"is no corpus folder|no stage `filter` was run there"):
-                build_corpus(replace(config, out=str(out), **changes))  # type: ignore[arg-type]
+                build_corpus(replace(config, out=str(out), **changes))
+
+
+def test_a_damaged_result_is_named_to_who_reads_it(config: CorpusConfig) -> None:
+    out = Path(config.out)
+    build_corpus(config)
+    asked = WhyConfig("https://site0.test/0", config.out)
+
+    def report() -> Path:
+        return write_corpus_report(Corpus(out))
+
+    readers: dict[str, Callable[[], object]] = {
+        "ledger/00001.parquet": lambda: why(asked),
+        "tokens/documents.parquet": lambda: why(asked),
+        "ledger/00002.parquet": report,
+        "documents/00001.parquet": report,
+        "dedup/duplicates.parquet": report,
+    }
+    for name, read in readers.items():
+        whole = (out / name).read_bytes()
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2 - 200 : len(whole) // 2] = bytes(200)
+        for damaged in (whole[: len(whole) // 2], b"", *([bytes(flipped)] if name.startswith("documents") else [])):
+            (out / name).write_bytes(damaged)
+            with pytest.raises(CorruptionError, match=rf"{name}: is damaged; run `gpt2train corpus` again"):
+                read()
+        (out / name).write_bytes(whole[:-9])
+        build_corpus(config)
+        read()
