@@ -11,6 +11,7 @@ verdicts, not texts, so that a changed threshold costs seconds and no disk.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -26,7 +27,7 @@ from data_pipeline import card, executors, forget, ledger, report, tasks, tokeni
 from data_pipeline.config import STAGES, CorpusConfig, Executor, Source, check
 from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD, Entrance, check_inputs
 from data_pipeline.executors import Task
-from data_pipeline.layout import Corpus
+from data_pipeline.layout import Corpus, read_config
 from data_pipeline.pack import write_token_shards
 from data_pipeline.progress import Reporter
 from data_pipeline.records import ConfigError, InputError
@@ -69,6 +70,7 @@ def build_corpus(config: CorpusConfig) -> int:
     check_inputs(config, config.stages or STAGES)
     _make_folder(out)
     with lock(out), storage_errors(out):
+        _require_same_source(config)
         remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
             OmegaConf.save(OmegaConf.structured(config), temporary)
@@ -87,6 +89,21 @@ def _make_folder(out: Path) -> None:
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, FileNotFoundError, NotADirectoryError) as e:
             raise InputError(f"out={out}: no folder can be made there ({e.strerror}); give another out=") from None
+
+
+def _require_same_source(config: CorpusConfig) -> None:
+    """One corpus folder, one way in: rows of another would take the place of what lies there."""
+    corpus, before = Corpus(Path(config.out)), None
+    with contextlib.suppress(InputError):
+        before = read_config(corpus).source
+    if before is None and corpus.summary.exists():  # settings of another version
+        before = Source(report.read_summary(corpus)["source"])
+    begun = any(marker for stage in STAGES for marker in corpus.folder(stage).glob("*.done.json"))
+    if begun and before is not None and before is not config.source:
+        raise InputError(
+            f"source={config.source.value}: the corpus in {corpus.out} was begun with source={before.value}; "
+            f"give another out=, or source={before.value}"
+        )
 
 
 def take_down(config: CorpusConfig) -> int:

@@ -246,3 +246,30 @@ def test_a_damaged_result_is_named_to_who_reads_it(config: CorpusConfig) -> None
         (out / name).write_bytes(whole[:-9])
         build_corpus(config)
         read()
+
+
+@pytest.mark.parametrize("settings", ["as they were", "of another version"])
+def test_another_way_in_needs_another_folder(config: CorpusConfig, tmp_path: Path, settings: str) -> None:
+    out = Path(config.out)
+    (tmp_path / "urls.txt").write_text("https://a.example.com/1\n")
+    crawl = replace(config, source=Source.urls, urls=str(tmp_path / "urls.txt"), stages=["urls"])
+    build_corpus(crawl)
+    if settings == "of another version":
+        (out / "config.yaml").write_text("no_such_setting: 1\n")
+    before = {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file()}
+    with pytest.raises(InputError, match=r"source=dataset: .* was begun with source=urls; give another out="):
+        build_corpus(config)
+    assert {p: p.read_bytes() for p in out.rglob("*.*") if p.is_file() and p.name != ".lock"} == {
+        p: content for p, content in before.items() if p.name != ".lock"
+    }
+    build_corpus(crawl)
+
+
+def test_a_run_that_came_to_nothing_fixes_no_source(config: CorpusConfig, tmp_path: Path) -> None:
+    (tmp_path / "urls.txt").write_text("\n")
+    with pytest.raises(InputError, match="holds no URL"):
+        build_corpus(replace(config, source=Source.urls, urls=str(tmp_path / "urls.txt"), shards=0))
+    (tmp_path / "urls.jsonl").write_text("no JSON\n")
+    with pytest.raises(InputError, match="line 1"):
+        build_corpus(replace(config, source=Source.urls, urls=str(tmp_path / "urls.jsonl")))
+    build_corpus(config)
