@@ -54,10 +54,8 @@ class ForgetList:
                 continue
             if address in self.urls:
                 return self.urls[address]
-            host = (_host(address) if "://" in address else address).lower()
-            labels = host.split(".")
-            for start in range(len(labels)):
-                if (name := ".".join(labels[start:])) in self.domains:
+            for name in _domains_of(address):
+                if name in self.domains:
                     return f"domain {name}"
         return None
 
@@ -67,6 +65,12 @@ class ForgetList:
         columns = (table[name].to_pylist() for name in ["index", *names])
         found = {index: self.because(*addresses) for index, *addresses in zip(*columns, strict=True)}
         return {index: why for index, why in found.items() if why}
+
+
+def _domains_of(address: str) -> list[str]:
+    """The host of a URL, or a domain, and every domain above it."""
+    labels = (_host(address) if "://" in address else address).lower().split(".")
+    return [".".join(labels[start:]) for start in range(len(labels))]
 
 
 def _host(url: str) -> str:
@@ -110,6 +114,8 @@ class TakeDown:
     """index and url, among others, of the texts that go now."""
     copies: int
     """How many of the rules were added because they name copies."""
+    unmatched: list[str]
+    """Entries of this list that no row of the corpus ever had to do with."""
 
 
 def plan(config: CorpusConfig) -> TakeDown:
@@ -118,7 +124,8 @@ def plan(config: CorpusConfig) -> TakeDown:
     tables = sorted(corpus.folder("extract").glob("[0-9]*[0-9].parquet"))
     if not tables:
         raise InputError(f"out={config.out}: no documents were extracted there; give the folder of a corpus")
-    new = parse_entries(read_list(config.forget, "forget"))
+    entries = read_list(config.forget, "forget")
+    new = parse_entries(entries)
     before = read_forget_list(corpus) or ForgetList(frozenset(), {})
     rules = ForgetList(before.domains | new.domains, {**before.urls, **new.urls})
     columns = ["index", "url", "domain"]
@@ -137,7 +144,21 @@ def plan(config: CorpusConfig) -> TakeDown:
     documents = pa.concat_tables(going)
     copies = _copies(corpus, documents["index"].combine_chunks())
     rules = ForgetList(rules.domains, {**copies, **rules.urls})
-    return TakeDown(rules, documents, len(copies))
+    return TakeDown(rules, documents, len(copies), _unmatched(corpus, entries))
+
+
+def _unmatched(corpus: Corpus, entries: Sequence[str]) -> list[str]:
+    """Those entries that name no row of the corpus, whatever became of it."""
+    keys = {entry: {*rules.domains, *rules.urls} for entry in entries for rules in [parse_entries([entry])]}
+    open_keys = set().union(*keys.values())
+    for stage in ("urls", "fetch", "extract"):  # those on their way, and those that a verdict ended
+        for path in sorted(corpus.folder(stage).glob("[0-9]*.parquet")):
+            names = [n for n in pq.read_schema(path).names if n in ("url", "final_url", "domain")]
+            for column in pq.read_table(path, columns=names).columns:
+                for address in column.unique().to_pylist():
+                    if address:
+                        open_keys -= {address, *_domains_of(address)}
+    return [entry for entry, named in keys.items() if named <= open_keys]
 
 
 def _copies(corpus: Corpus, forgotten: pa.Array) -> dict[str, str]:

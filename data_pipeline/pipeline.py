@@ -122,6 +122,9 @@ def take_down(config: CorpusConfig) -> int:
             run.steps.reporter.say(
                 f"forget: {texts_gone:,} texts go, and {copies:,} URLs of copies that would come instead"
             )
+            if takedown.unmatched:
+                names = ", ".join(takedown.unmatched)
+                run.steps.reporter.say(f"forget: no row of this corpus has to do with {names}; check the spelling")
             run.run(stages)
             if config.forget_archive:
                 blanked, left = forget.blank_responses(corpus, forget.archived_pages(corpus))

@@ -273,3 +273,24 @@ def test_a_run_that_came_to_nothing_fixes_no_source(config: CorpusConfig, tmp_pa
     with pytest.raises(InputError, match="line 1"):
         build_corpus(replace(config, source=Source.urls, urls=str(tmp_path / "urls.jsonl")))
     build_corpus(config)
+
+
+# ── take-down ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_entries_that_match_nothing_are_named(
+    config: CorpusConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    build_corpus(config)
+    entries = tmp_path / "list.txt"
+    entries.write_text("site1.test\nsite2.tset\nhttps://site3.test/3\nhttps://site3.test/4\nite1.test\n")
+    line = "forget: no row of this corpus has to do with site2.tset, https://site3.test/4, ite1.test; check"
+    for texts in (2, 0):  # what is gone is no more, but was there
+        capfd.readouterr()
+        build_corpus(replace(config, forget=str(entries)))
+        said = capfd.readouterr().err
+        assert line in said
+        assert f"forget: {texts} texts go" in said
+    entries.write_text("SITE2.test\nHTTPS://site4.test:443/4\n")
+    build_corpus(replace(config, forget=str(entries)))
+    assert "no row of this corpus" not in capfd.readouterr().err
