@@ -14,15 +14,16 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
 
-from data_pipeline.records import PipelineError
+from data_pipeline.records import PipelineError, StoppedError
 
 TRIES = 3
 """A task whose worker dies is tried this often in all."""
@@ -76,6 +77,30 @@ def hear_ticks(hear: Callable[[int], None] | None) -> None:
     """Where this process's ticks go from now on; an executor says so in its workers."""
     global _hear
     _hear = hear
+
+
+class _Stop(BaseException):
+    """SIGTERM came; no `except Exception` on the way takes it for something else."""
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block with StoppedError: workers are ended, files half written removed. A second one kills."""
+    if threading.current_thread() is not threading.main_thread():  # no place for signal handlers
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise _Stop
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Stop:
+        raise StoppedError("stopped; run the same command again to go on") from None
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class LocalExecutor:

@@ -57,6 +57,11 @@ LEDGER_STAGES = {
 
 def build_corpus(config: CorpusConfig) -> int:
     """Run the stages asked for; return 0. Raises PipelineError; see records.py for the exit codes."""
+    with executors.stopped_by_sigterm():
+        return _build(config)
+
+
+def _build(config: CorpusConfig) -> int:
     faults = check(config)
     if faults:
         raise ConfigError(faults)

@@ -13,7 +13,8 @@ that no result depends on which worker was faster. At each stage a row goes on, 
     ├── LockedError               3   another run owns the output folder
     ├── StorageError              4   no space, an I/O error: earlier results are intact, run again once there is room
     ├── CorruptionError           5   a file is not what its manifest says, and cannot be made again
-    └── AccountingError           6   rows in ≠ kept + dropped + failed: a bug, and the run stops
+    ├── AccountingError           6   rows in ≠ kept + dropped + failed: a bug, and the run stops
+    └── StoppedError            143   SIGTERM: the same command goes on
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class CorruptionError(PipelineError):
 
 class AccountingError(PipelineError):
     exit_code = 6
+
+
+class StoppedError(PipelineError):
+    exit_code = 143
 
 
 KEPT, DROPPED, FAILED = "kept", "dropped", "failed"

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +31,11 @@ from data_pipeline.config import (
     TokenizeConfig,
     check,
 )
-from data_pipeline.executors import Task
+from data_pipeline.executors import Task, stopped_by_sigterm
 from data_pipeline.layout import Corpus
 from data_pipeline.ledger import why_nothing_is_left
 from data_pipeline.pipeline import build_corpus
-from data_pipeline.records import CorruptionError, InputError
+from data_pipeline.records import CorruptionError, InputError, StoppedError
 from data_pipeline.report import write_corpus_report
 from data_pipeline.why import WhyConfig, why
 
@@ -294,3 +299,43 @@ def test_entries_that_match_nothing_are_named(
     entries.write_text("SITE2.test\nHTTPS://site4.test:443/4\n")
     build_corpus(replace(config, forget=str(entries)))
     assert "no row of this corpus" not in capfd.readouterr().err
+
+
+# ── SIGTERM ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_sigterm_ends_a_run_with_one_line(config: CorpusConfig) -> None:
+    out = Path(config.out)
+    settings = [
+        "source=dataset",
+        f"path={config.path}",
+        f"out={out}",
+        "workers=2",
+        "language.keep=[]",
+        "progress=false",
+    ]
+    command = [sys.executable, "-m", "gpt2train", "corpus", *settings]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / "filter").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.terminate()
+    said = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 143
+    assert said[-1] == "gpt2train corpus: stopped; run the same command again to go on"
+    assert not any("Traceback" in line or "leaked" in line for line in said)
+    assert not list(out.rglob(".*.tmp"))
+    build_corpus(config)
+    assert sorted(texts_of(out)) == sorted(PROSE)
+
+
+def test_the_handler_from_before_comes_back(config: CorpusConfig) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError), stopped_by_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+    thread = threading.Thread(target=build_corpus, args=(config,))
+    thread.start()
+    thread.join(60)
+    assert sorted(texts_of(Path(config.out))) == sorted(PROSE)
