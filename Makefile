@@ -33,10 +33,16 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 fast: setup
 	$(BIN)/python -m pytest -m 'not slow and not soak'
+
+bench: setup
+	$(BIN)/python -m benchmarks.urls
+	$(BIN)/python -m benchmarks.fetch
+	$(BIN)/python -m benchmarks.corpus
+	$(BIN)/python -m benchmarks.training
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -s --timeout 3600

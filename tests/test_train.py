@@ -367,7 +367,8 @@ def test_a_closer_look_shows_the_run_and_does_not_change_it(runs: tuple[Path, di
                 whole = sum(layer["grad_norm"] ** 2 for layer in entry["layers"].values()) ** 0.5
                 assert whole == pytest.approx(entry["grad_norm"], rel=1e-3), name
                 assert all(layer["weight_norm"] > 0 for layer in entry["layers"].values())
-        samples = [e["sample"] for e in map(json.loads, open(folder / name / "metrics.jsonl")) if "sample" in e]  # noqa: SIM115
+        lines = (folder / name / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        samples = [line["sample"] for line in map(json.loads, lines) if "sample" in line]
         assert len(samples) == 2
         assert all(sample.startswith("The rain") and len(sample) > len("The rain") for sample in samples)
         assert list((folder / name / "tensorboard").glob("events.out.tfevents.*"))
