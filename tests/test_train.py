@@ -548,7 +548,7 @@ def test_two_runs_in_one_folder_and_lost_checkpoints(tokens: Path, tmp_path: Pat
             assert time.monotonic() < end, first.stderr()
             time.sleep(0.01)
         second = Ranks(tmp_path / "second", [job], 1)
-        assert second.wait(60) == [2]
+        assert second.wait(60) == [3]
         assert f"in use by process {first.processes[0].pid} on " in second.answers()[0]["message"]
         os.kill(first.processes[0].pid, signal.SIGUSR1)
         assert first.wait(60) == [REQUEUE_EXIT_CODE]
