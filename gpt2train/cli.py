@@ -21,7 +21,9 @@ from gpt2train.config import ConfigError, check, check_export, check_generate, r
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    # The deepspeed launcher puts --local_rank=N first unless told not to; the environment says the same.
+    arguments = [a for a in given if not a.startswith(("--local_rank=", "--local-rank="))]
     with contextlib.suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -61,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, overrides: list[str]) -> int:
     command = COMMANDS[name]
-    # The deepspeed launcher adds --local_rank=N unless told not to; the environment says the same.
-    overrides = [o for o in overrides if not o.startswith("--local_rank")]
     unknown = [o for o in overrides if o.startswith("-")]
     if unknown:
         raise ConfigError([f"{o}: there is no such option; settings are key=value, see --help" for o in unknown])

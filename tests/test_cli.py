@@ -266,3 +266,10 @@ def test_a_sweep_takes_text_settings_and_refuses_run_dir(tmp_path: Path, capsys:
     assert capsys.readouterr().out.count("gpt2train train") == 2
     assert main(["sweep", *settings, f"out={odd}", "data=x", "run_dir=y"]) == 2
     assert "each trial gets its own" in capsys.readouterr().err
+
+
+def test_the_deepspeed_launchers_argument_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--local_rank=1", "train", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("gpt2train train:")
+    assert main(["--local_rank=1", "train", "steps=0"]) == 2
+    assert "local_rank" not in capsys.readouterr().err
