@@ -239,7 +239,7 @@ def _run_task(task: Task, home: _Home, rows: Any) -> dict[str, Any]:
         ) from e
     finally:
         hear_ticks(None)
-        ticks.send()
+        ticks.close()
 
 
 class _Ticks:
@@ -249,6 +249,7 @@ class _Ticks:
         self._actor = rows
         self._gathered = 0
         self._sent = time.monotonic()
+        self._last: Any = None
 
     def add(self, rows: int) -> None:
         self._gathered += rows
@@ -257,8 +258,16 @@ class _Ticks:
 
     def send(self) -> None:
         if self._gathered:
-            self._actor.add.remote(self._gathered)
+            self._last = self._actor.add.remote(self._gathered)
         self._gathered, self._sent = 0, time.monotonic()
+
+    def close(self) -> None:
+        """Send what is left and wait until it is counted: the run may be over, and asking, once this task has ended."""
+        if self._last is None and not self._gathered:
+            return
+        self.send()
+        with contextlib.suppress(ray.exceptions.RayError):  # a number for the progress bar fails no task
+            ray.get(self._last, timeout=CONNECT_TIMEOUT_S)
 
 
 def _first_line(e: BaseException) -> str:
