@@ -3,6 +3,7 @@
 The rooms, in the order a run meets them:
 
     config      every setting, its default and its sentence
+    bounds      what keeps settings from working
     compose     Hydra groups and overrides → a checked dataclass; all faults at once
     run_folder  what lies where in a run's folder
     data        token shards → the batch of a step, from seed and step alone
@@ -11,7 +12,6 @@ The rooms, in the order a run meets them:
     distributed the run's processes: how they agree, and how a run ends when one does not answer
     engine      the one place that makes DeepSpeed's dictionary and starts it
     checkpoint  safetensors by parameter name: written beside, verified, published by a rename
-    saving      checkpoints beside the training, one at a time, in a thread
     metrics     metrics.jsonl, the terminal line, Weights & Biases, TensorBoard
     faults      steps not to be trusted: skip, rewind or stop
     observe     norms by layer, a sample text, a profile of some steps
@@ -23,6 +23,7 @@ The rooms, in the order a run meets them:
     scaling     runs of several sizes → a table and a picture of loss over size
     report      a run → one HTML file
     charts      pictures of curves, for both
+    saving/     checkpoints beside the training, and to other storage
     release/    Hugging Face format both ways, the model card
     commands/   the table of commands, help and completion, commands that join packages
     cli         the command line

@@ -12,7 +12,7 @@ is pickled, so nothing can be executed. A manifest carries its own hash and its 
 file of another step and a changed manifest are all found.
 
 Saving has two halves: `capture` copies this rank's share into the machine's memory, `write` does the rest and needs
-neither the model nor the device, so a thread may do it while training goes on (saving.py).
+neither the model nor the device, so a thread may do it while training goes on (saving/saver.py).
 
 All ranks write to one filesystem. A kill at any moment leaves the last published checkpoint and at most a folder whose
 name starts with a dot, which the next save removes.

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from gpt2train.bounds import check, check_export, check_generate, run_faults
 from gpt2train.commands.help import COMPLETION, command_help, complete, overview
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
-from gpt2train.config import ConfigError, check, check_export, check_generate, run_faults
+from gpt2train.config import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

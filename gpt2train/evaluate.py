@@ -31,7 +31,8 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
-from gpt2train.config import ConfigError, EvaluateCommandConfig, run_faults
+from gpt2train.bounds import run_faults
+from gpt2train.config import ConfigError, EvaluateCommandConfig
 from gpt2train.data import TokenWindows
 from gpt2train.model import GPT
 from gpt2train.release.hf import choose_device, is_hf_folder, load_model

@@ -20,7 +20,8 @@ import torch
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, GenerateConfig, NonFiniteError, check_generate
+from gpt2train.bounds import check_generate
+from gpt2train.config import ConfigError, GenerateConfig, NonFiniteError
 from gpt2train.model import GPT, KeyValueCache
 from gpt2train.release.hf import choose_device, load_model
 

@@ -26,6 +26,7 @@ import torch
 
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint, claim, distributed, engine
+from gpt2train.bounds import check
 from gpt2train.config import (
     REQUEUE_EXIT_CODE,
     ConfigError,
@@ -33,7 +34,6 @@ from gpt2train.config import (
     GPT2TrainError,
     NonFiniteError,
     TrainConfig,
-    check,
     flops_per_token,
     micro_batch,
     parameter_count,
@@ -46,7 +46,7 @@ from gpt2train.metrics import Reporter
 from gpt2train.observe import Profile, layer_norms, sample_text
 from gpt2train.optim import learning_rate, set_learning_rate, warmup_steps
 from gpt2train.run_folder import CHECKPOINTS
-from gpt2train.saving import Saver
+from gpt2train.saving.saver import Saver
 
 NAMED_DOCUMENTS = 20
 """Documents of a batch that an error names; `gpt2train trace` names them all."""

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from gpt2train.bounds import check
 from gpt2train.cli import main
 from gpt2train.commands.help import command_help, complete
 from gpt2train.commands.table import COMMANDS, load
 from gpt2train.compose import CONFIG_FOLDER, choices, compose, leaves, quoted
-from gpt2train.config import ConfigError, Precision, TrainConfig, check
+from gpt2train.config import ConfigError, Precision, TrainConfig
 
 TRAIN = CONFIG_FOLDER / "train"
 RUNNABLE = ["data.path=x", "run_dir=y", "steps=1"]

@@ -9,7 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from gpt2train.config import FaultAction, FaultsConfig, TrainConfig, check
+from gpt2train.bounds import check
+from gpt2train.config import FaultAction, FaultsConfig, TrainConfig
 from gpt2train.faults import FaultRule
 
 

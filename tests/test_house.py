@@ -96,6 +96,7 @@ def test_settings_import_nothing_heavy() -> None:
     for name in (
         "data_pipeline.config",
         "gpt2train.config",
+        "gpt2train.bounds",
         "gpt2train.cli",
         "gpt2train.commands.table",
         "launch.config",

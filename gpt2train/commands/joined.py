@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2train.bounds import check
 from gpt2train.commands.table import DATA, LADDER
 from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted, takes_text
-from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig, check
+from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig
 from launch import config as launch_config
 
 

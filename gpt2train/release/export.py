@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, claim
+from gpt2train.bounds import check_export
 from gpt2train.config import (
     CheckpointError,
     ConfigError,
@@ -34,7 +35,6 @@ from gpt2train.config import (
     GPT2TrainError,
     ImportConfig,
     ModelConfig,
-    check_export,
 )
 from gpt2train.release.card import model_card
 from gpt2train.release.hf import hf_config, read_hf_folder, to_hf_state, weight_files

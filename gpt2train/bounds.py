@@ -1,0 +1,192 @@
+"""What keeps settings from working: every fault at once, each in one line `field=value: bound; remedy`.
+
+Flows in: a dataclass of config.py. Flows out: its faults, none when it can run. Nothing here imports torch or
+deepspeed, so wrong settings are told at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpt2train.config import (
+    VOCABULARY,
+    ActivationCheckpointing,
+    ExportConfig,
+    FaultAction,
+    GenerateConfig,
+    Precision,
+    TrainConfig,
+)
+
+
+def run_faults(run: str) -> list[str]:
+    """What keeps `run` from being a folder of a run, of a checkpoint or in Hugging Face format; a look, no reading."""
+    path = Path(run)
+    if not run:
+        return ["run='': must name a run, checkpoint or Hugging Face folder; give run=runs/NAME"]
+    if not path.is_dir():
+        return [f"run={run}: there is no such folder; give the folder that `train` got as run_dir"]
+    whole = any((path / name).exists() for name in ("checkpoints", "manifest.json", "config.json"))
+    if not whole and path.parent.name != "checkpoints":
+        return [f"run={run}: holds no checkpoint; give the folder that `train` got as run_dir"]
+    return []
+
+
+def check_generate(config: GenerateConfig) -> list[str]:
+    """All faults of `config`, one line each; empty when it can run."""
+    faults = run_faults(config.run)
+    if config.max_new_tokens < 1:
+        faults.append(f"max_new_tokens={config.max_new_tokens}: must be above 0; give max_new_tokens=128")
+    if not 0 <= config.temperature < float("inf"):
+        faults.append(f"temperature={config.temperature}: must be 0 (greedy) or more; give temperature=0.8")
+    if config.top_k < 0:
+        faults.append(f"top_k={config.top_k}: must be 0 (all) or more; give top_k=40")
+    if not 0 < config.top_p <= 1:
+        faults.append(f"top_p={config.top_p}: must lie in (0, 1]; give top_p=1.0")
+    if config.samples < 1:
+        faults.append(f"samples={config.samples}: must be above 0; give samples=1")
+    if not 0 <= config.seed < 2**63:
+        faults.append(f"seed={config.seed}: must lie in [0, 2⁶³); give seed=0")
+    return faults
+
+
+def check_export(config: ExportConfig) -> list[str]:
+    """All faults of `config`, one line each; empty when it can run."""
+    faults = run_faults(config.run)
+    if not config.to:
+        faults.append("to='': must name a new folder; give to=out")
+    return faults
+
+
+def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
+    """All faults of `config` on `world_size` ranks, a line each: field=value: bound; remedy. Empty when it can run."""
+    faults: list[str] = []
+
+    def require(holds: bool, name: str, value: object, bound: str, remedy: str) -> None:
+        if not holds:
+            faults.append(f"{name}={value}: {bound}; {remedy}")
+
+    c, m, o, b = config, config.model, config.optimizer, config.batch
+    require(bool(c.data.path), "data", "''", "must name a folder of token shards", "give data=corpus/tokens")
+    require(bool(c.run_dir), "run_dir", "''", "must name the run's folder", "give run_dir=runs/NAME")
+    require(c.steps > 0, "steps", c.steps, "must be above 0", "give steps=1000")
+    for name in ("layers", "channels", "heads", "context", "vocabulary", "pad_vocabulary_to"):
+        require(getattr(m, name) > 0, f"model.{name}", getattr(m, name), "must be above 0", "choose model=small")
+    if m.heads > 0:
+        require(
+            m.channels % m.heads == 0,
+            "model.channels",
+            m.channels,
+            f"must be a multiple of model.heads={m.heads}",
+            f"give {-(-m.channels // m.heads) * m.heads}",
+        )
+    require(m.vocabulary < 65_536, "model.vocabulary", m.vocabulary, "must fit uint16 token shards", "give 50257")
+    require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must lie in [0, 1)", "give 0.0 or 0.1")
+    require(b.sequences > 0, "batch.sequences", b.sequences, "must be above 0", "give 512")
+    require(b.micro >= 0, "batch.micro", b.micro, "must be 0 (automatic) or more", "leave it out")
+    if b.sequences > 0 and b.micro >= 0:
+        require(
+            b.sequences % world_size == 0,
+            "batch.sequences",
+            b.sequences,
+            f"must be a multiple of the {world_size} processes",
+            f"give {-(-b.sequences // world_size) * world_size}",
+        )
+        per_pass = b.micro * world_size
+        if b.micro > 0 and b.sequences % world_size == 0:
+            require(
+                b.sequences % per_pass == 0,
+                "batch.micro",
+                b.micro,
+                f"batch.sequences={b.sequences} must be a multiple of batch.micro × {world_size} processes, {per_pass}",
+                f"give batch.sequences={-(-b.sequences // per_pass) * per_pass} or another batch.micro",
+            )
+    require(o.lr > 0, "optimizer.lr", o.lr, "must be above 0", "give 6e-4")
+    require(0 <= o.min_lr_ratio <= 1, "optimizer.min_lr_ratio", o.min_lr_ratio, "must lie in [0, 1]", "give 0.1")
+    require(o.warmup_steps >= -1, "optimizer.warmup_steps", o.warmup_steps, "must be -1 or more", "leave it out")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "must lie in [0, 1)", "leave it out")
+    for name in ("eps", "weight_decay", "clip_grad_norm"):
+        require(getattr(o, name) >= 0, f"optimizer.{name}", getattr(o, name), "must be 0 or more", "leave it out")
+    require(c.zero.stage in (0, 1, 2, 3), "zero.stage", c.zero.stage, "must be 0, 1, 2 or 3", "give 1")
+    require(
+        not (c.zero.stage == 0 and c.precision is Precision.bf16),
+        "zero.stage",
+        0,
+        "adds up bf16 gradients in bf16 (DeepSpeed#1800)",
+        "give zero.stage=1, also on one GPU, or precision=fp32",
+    )
+    require(
+        not (c.compile and c.zero.stage == 3),
+        "compile",
+        "true",
+        "does not go with zero.stage=3, whose weights torch.compile sees as empty",
+        "give zero.stage=2 or compile=false",
+    )
+    for owner, name in (
+        (c.checkpoint, "checkpoint.every_steps"),
+        (c.checkpoint, "checkpoint.keep_last"),
+        (c.checkpoint, "checkpoint.keep_every_steps"),
+        (c.evaluate, "evaluate.every_steps"),
+        (c.logging, "logging.layers_every_steps"),
+        (c.faults, "faults.spike_sigma"),
+        (c.faults, "faults.limit"),
+    ):
+        value = getattr(owner, name.split(".")[1])
+        require(value >= 0, name, value, "must be 0 or more", "leave it out")
+    require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
+    require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
+    faults += _faults_of_extras(c)
+    require(
+        c.distributed.timeout_s >= 1,
+        "distributed.timeout_s",
+        c.distributed.timeout_s,
+        "must be at least 1 s",
+        "give 600",
+    )
+    return faults
+
+
+def _faults_of_extras(c: TrainConfig) -> list[str]:
+    """Faults of settings that only make sense beside others."""
+    faults = []
+    every, best = c.evaluate.every_steps, c.checkpoint.keep_best
+    if best and (every <= 0 or c.checkpoint.every_steps <= 0 or c.checkpoint.every_steps % every):
+        faults.append(
+            f"checkpoint.keep_best=true: each saved step must be evaluated, checkpoint.every_steps="
+            f"{c.checkpoint.every_steps} be a multiple of evaluate.every_steps={every}; give evaluate.every_steps="
+            f"{max(c.checkpoint.every_steps, 1)}"
+        )
+    if c.evaluate.sample_prompt and every <= 0:
+        faults.append("evaluate.sample_prompt: samples come after evaluations; give evaluate.every_steps=250")
+    if c.evaluate.sample_tokens < 1:
+        faults.append(f"evaluate.sample_tokens={c.evaluate.sample_tokens}: must be at least 1; leave it out")
+    if c.data.reset_positions and not c.data.document_mask:
+        faults.append("data.reset_positions=true: needs data.document_mask=true; give both")
+    if c.data.document_mask and c.model.vocabulary < VOCABULARY:
+        faults.append(
+            f"data.document_mask=true: model.vocabulary={c.model.vocabulary} has no <|endoftext|>, {VOCABULARY - 1}; "
+            f"give model.vocabulary={VOCABULARY}"
+        )
+    if c.faults.spike_window < 2:
+        faults.append(f"faults.spike_window={c.faults.spike_window}: must be at least 2; give 128")
+    rewinds = c.faults.nonfinite is FaultAction.rewind or (
+        c.faults.spike_sigma > 0 and c.faults.spike_action is FaultAction.rewind
+    )
+    if rewinds and c.checkpoint.every_steps <= 0:
+        faults.append("checkpoint.every_steps=0: rewinding needs a checkpoint to go back to; give 1000")
+    if c.activation_checkpointing is ActivationCheckpointing.selective and c.zero.stage == 3:
+        faults.append(
+            "activation_checkpointing=selective: DeepSpeed's linear layers at zero.stage=3 change what it keeps; give "
+            "activation_checkpointing=full or zero.stage=2"
+        )
+    zero = c.deepspeed.extra.get("zero_optimization")
+    if isinstance(zero, dict) and zero.get("compute_grad_norm") is False:
+        faults.append(
+            "deepspeed.extra.zero_optimization.compute_grad_norm=false: updates are made when their gradient norm is "
+            "known to be finite; leave it out"
+        )
+    window = c.profile.steps
+    if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
+        faults.append(f"profile.steps={window}: must be [first, last], counted from 1; give profile.steps=[10,12]")
+    return faults
