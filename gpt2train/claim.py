@@ -155,7 +155,8 @@ def discard(run_dir: Path) -> None:
 
 def restarted() -> bool:
     """Whether a launcher started this same command again: then overwrite=true was already obeyed."""
-    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    counts = ("GPT2TRAIN_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
 def claim(run_dir: Path, wanted: dict[str, Any]) -> Claim:

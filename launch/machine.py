@@ -9,6 +9,8 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch.config import Gpus, LaunchConfig
+
 LOOPBACK = "127.0.0.1"
 NVIDIA_SMI_TIMEOUT_S = 30.0  # a machine with eight GPUs and no persistence daemon takes seconds
 
@@ -46,21 +48,40 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on at LOOPBACK at this moment."""
+def free_port(address: str = LOOPBACK) -> int:
+    """A TCP port that nobody listens on at `address` at this moment; "": at none of this machine's addresses."""
     with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
-def port_is_free(port: int) -> bool:
-    """Could a server listen on `port` at LOOPBACK?"""
+def port_is_free(port: int, address: str = LOOPBACK) -> bool:
+    """Could a server listen on `port` at `address`?"""
     with socket.socket() as probe:
         # As servers do: a port that only holds connections that are closing counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((address, port))
             probe.listen()
         except OSError:
             return False
     return True
+
+
+def machine_faults(
+    config: LaunchConfig, gpus: int, environment: Mapping[str, str] = os.environ, *, address: str = LOOPBACK
+) -> list[str]:
+    """What this machine, with `gpus` GPUs, cannot give, one line each. address: where the ranks are to meet."""
+    faults = []
+    if config.gpus is Gpus.required and not gpus:
+        hidden = " (CUDA_VISIBLE_DEVICES hides them)" if "CUDA_VISIBLE_DEVICES" in environment else ""
+        faults.append(f"gpus=required: no GPU is visible here{hidden}; see nvidia-smi, or train with device=cpu")
+    elif 0 < gpus < config.processes:
+        faults.append(
+            f"processes={config.processes}: each needs a GPU and {gpus} are visible; give processes={gpus}, or "
+            f"gpus=none to train on the CPU"
+        )
+    if 0 < config.port < 65536 and not port_is_free(config.port, address):
+        where = f"at {address}" if address else "here"
+        faults.append(f"port={config.port}: in use {where}; give another, or leave it out for a free one")
+    return faults

@@ -1,63 +1,125 @@
-"""A command and a LaunchConfig → ranks, with the starter that was chosen; or, dry, the lines that would run.
+"""A command and a LaunchConfig → ranks, wherever they are to run; or, dry, what would run.
 
-Whatever can be known beforehand (settings, GPUs, a busy port) is told before anything starts, all of it together.
+Whatever can be known beforehand (settings, hosts, GPUs, a busy port) is told before anything starts, all together.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 
-from launch import local, machine
-from launch.config import ConfigError, Gpus, LaunchConfig, check
+from launch import hosts, local, logs, machine, slurm
+from launch.config import ConfigError, Gpus, LaunchConfig, Launcher, check
+from launch.dry import dry_run_lines, host_lines
+from launch.machine import machine_faults
+from launch.outcome import Outcome
+from launch.place import Place, plan
+from launch.ranks import stop_signals
+from launch.restarts import run_attempts
 
 
 def launch(config: LaunchConfig, command: Sequence[str], run_dir: Path) -> int:
-    """Run `command` as many processes on this machine; returns the exit code that launch.local describes.
+    """Run `command` as many processes, here or elsewhere; returns the exit code that launch.outcome describes.
 
     command: the arguments of one rank, for example [sys.executable, "-m", "gpt2train", "train", "model=small"]; no
-    shell sees them. run_dir: where `logs/` goes unless `log_dir` is set. Raises ConfigError with all faults together.
+    shell sees them. run_dir: where `logs/` goes unless `log_dir` is set, and where `metrics.jsonl` tells how far the
+    command has come. With launcher=slurm the job is submitted: 0. Raises ConfigError with all faults together.
     """
-    gpus = 0 if config.gpus is Gpus.none else machine.count_gpus()
-    faults = [*check(config), *machine_faults(config, gpus)]
+    faults = check(config)
     if faults:
         raise ConfigError(faults)
-    processes = rank_count(config, gpus)
-    log_dir = Path(config.log_dir) if config.log_dir else Path(run_dir) / "logs"
-    port = config.port or machine.free_port()
-    starts = local.plan(config.starter, command, processes=processes, port=port, log_dir=log_dir)
-    if config.dry_run:
-        print("\n".join(dry_run_lines(starts)))
-        return 0
-    return local.run_ranks(starts, processes=processes, log_dir=log_dir, stop_timeout_s=config.stop_timeout_s)
+    command = [*config.prefix, *command]
+    run_dir = Path(run_dir)
+    log_dir = Path(config.log_dir) if config.log_dir else run_dir / "logs"
+    match config.launcher:
+        case Launcher.local:
+            return _local(config, command, run_dir, log_dir)
+        case Launcher.hosts:
+            return _hosts(config, command, run_dir, log_dir)
+        case Launcher.slurm:
+            name = run_dir.absolute().name
+            return slurm.submit(config, [slurm.Job(name, command, run_dir)], name=name, folder=log_dir)
 
 
 def rank_count(config: LaunchConfig, gpus: int | None = None) -> int:
-    """How many processes `launch` would start: `processes`, or one per GPU, or one. `gpus`: where counted already."""
-    if gpus is None:
-        gpus = 0 if config.gpus is Gpus.none else machine.count_gpus()
-    return config.processes or max(1, gpus)
+    """How many processes `launch` would start. gpus: of this machine, where they are counted already.
+
+    Hosts that have to be asked for their GPUs are connected to. Raises ConfigError or LaunchError about hosts.
+    """
+    match config.launcher:
+        case Launcher.hosts:
+            return sum(hosts.ask_slots(config, hosts.read_hosts(config)))
+        case Launcher.slurm:
+            return slurm.processes_of(config)
+        case Launcher.local:
+            if gpus is None:
+                gpus = 0 if config.gpus is Gpus.none else machine.count_gpus()
+            return config.processes or max(1, gpus)
 
 
-def dry_run_lines(starts: Sequence[local.Start]) -> list[str]:
-    """Lines for a POSIX shell that start the same processes: several run side by side, and the last line waits."""
-    if len(starts) == 1:
-        return [starts[0].line()]
-    return [*(f"{start.line()} &" for start in starts), "wait"]
+def _local(config: LaunchConfig, command: Sequence[str], run_dir: Path, log_dir: Path) -> int:
+    gpus = 0 if config.gpus is Gpus.none else machine.count_gpus()
+    if faults := machine_faults(config, gpus):
+        raise ConfigError(faults)
+    processes = rank_count(config, gpus)
 
+    def starts(restart: int) -> list[local.Start]:
+        place = Place((processes,), port=config.port or machine.free_port(), restart=restart)
+        return plan(config.starter, command, place=place, log_dir=log_dir)
 
-def machine_faults(config: LaunchConfig, gpus: int, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """What this machine, with `gpus` GPUs, cannot give, one line each."""
-    faults = []
-    if config.gpus is Gpus.required and not gpus:
-        hidden = " (CUDA_VISIBLE_DEVICES hides them)" if "CUDA_VISIBLE_DEVICES" in environment else ""
-        faults.append(f"gpus=required: no GPU is visible here{hidden}; see nvidia-smi, or train with device=cpu")
-    elif 0 < gpus < config.processes:
-        faults.append(
-            f"processes={config.processes}: each needs a GPU and {gpus} are visible; give processes={gpus}, or "
-            f"gpus=none to train on the CPU"
+    if config.dry_run:
+        print("\n".join(dry_run_lines(starts(0))))
+        return 0
+
+    def attempt(number: int) -> Outcome:
+        logs.rotate(log_dir, keep=config.keep_attempts)
+        return local.run_ranks(
+            starts(number), processes=processes, log_dir=log_dir, stop_timeout_s=config.stop_timeout_s
         )
-    if 0 < config.port < 65536 and not machine.port_is_free(config.port):
-        faults.append(f"port={config.port}: in use at {machine.LOOPBACK}; give another, or leave it out for a free one")
-    return faults
+
+    with logs.own(log_dir), stop_signals() as received:
+        return run_attempts(
+            attempt,
+            run_dir=run_dir,
+            restarts=config.restarts,
+            first_pause_s=config.restart_pause_s,
+            received=received,
+        )
+
+
+def _hosts(config: LaunchConfig, command: Sequence[str], run_dir: Path, log_dir: Path) -> int:
+    machines = hosts.read_hosts(config)
+    if config.dry_run:
+        print("\n".join(host_lines(config, command, machines, run_dir=run_dir, log_dir=log_dir)))
+        return 0
+    slots = hosts.ask_slots(config, machines)
+    # A launcher that is stopped by Ctrl-Z would fall silent, and the hosts would end their ranks.
+    before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
+    try:
+        with logs.own(log_dir), stop_signals() as received:
+
+            def attempt(number: int) -> Outcome:
+                logs.rotate(log_dir, keep=config.keep_attempts)
+                return hosts.run_hosts(
+                    config,
+                    command,
+                    machines,
+                    slots,
+                    run_dir=run_dir,
+                    log_dir=log_dir,
+                    restart=number,
+                    received=received,
+                )
+
+            return run_attempts(
+                attempt,
+                run_dir=run_dir,
+                restarts=config.restarts,
+                first_pause_s=config.restart_pause_s,
+                received=received,
+                begun_before=int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0,
+            )
+    finally:
+        signal.signal(signal.SIGTSTP, before)

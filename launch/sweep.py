@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.config import REQUEUE_EXIT_CODE, ConfigError, LaunchConfig
-from launch.local import stop_signals
+from launch.ranks import stop_signals
 from launch.run import launch
 
 

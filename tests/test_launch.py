@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 
 from gpt2train import config as training
-from launch import local, machine
+from launch import local, machine, ranks
 from launch.config import REQUEUE_EXIT_CODE, ConfigError, Gpus, LaunchConfig, LaunchError, Starter, check
-from launch.run import dry_run_lines, launch, machine_faults, rank_count
+from launch.dry import dry_run_lines
+from launch.machine import machine_faults
+from launch.place import Place, plan
+from launch.run import launch, rank_count
 
 DEEPSPEED = pytest.param(Starter.deepspeed, marks=pytest.mark.slow)
 STARTERS = [Starter.plain, Starter.torchrun, DEEPSPEED]
@@ -57,9 +60,9 @@ LAUNCH = """
 import json, pathlib, sys
 from launch.config import LaunchConfig, Starter
 from launch.run import launch
-from launch import local
+from launch import ranks
 options = json.loads(sys.argv[1])
-local.PEER_GRACE_S = options.pop("peer_grace_s", 1.0)
+ranks.PEER_GRACE_S = options.pop("peer_grace_s", 1.0)
 config = LaunchConfig(**{**options, "starter": Starter(options["starter"])})
 sys.exit(launch(config, [sys.executable, *sys.argv[3:]], pathlib.Path(sys.argv[2])))
 """
@@ -76,7 +79,12 @@ class Launched:
         self.ranks = int(options.get("processes", 2))  # type: ignore[call-overload]
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-c", LAUNCH, json.dumps({"processes": 2, "starter": starter.value, **options})),
+                *(
+                    sys.executable,
+                    "-c",
+                    LAUNCH,
+                    json.dumps({"processes": 2, "starter": starter.value, "restarts": 0, **options}),
+                ),
                 *(str(self.run_dir), str(folder / "rank.py"), what, str(self.notes), *HARMLESS),
             ],
             stdout=subprocess.PIPE,
@@ -289,8 +297,8 @@ def test_a_command_that_does_not_exist_is_named(tmp_path: Path, capfd: pytest.Ca
 
 
 def test_a_starter_that_fails_is_quoted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    start = local.Start([sys.executable, "-c", "print('broken starter'); raise SystemExit(2)"], {})
-    assert local.run_ranks([start], processes=2, log_dir=tmp_path / "logs", stop_timeout_s=5) == 1
+    start = ranks.Start([sys.executable, "-c", "print('broken starter'); raise SystemExit(2)"], {})
+    assert local.run_ranks([start], processes=2, log_dir=tmp_path, stop_timeout_s=5).code == 1
     err = capfd.readouterr().err
     assert "rank 0 of 2 was not started" in err
     assert "    broken starter" in err
@@ -301,8 +309,9 @@ def test_logs_are_kept_and_only_this_launchs_lines_are_shown(tmp_path: Path, cap
     for word in ("first", "second"):
         assert launch(config, [sys.executable, "-c", f"print('{word}'); raise SystemExit(3)"], tmp_path / "run") == 3
     assert not (tmp_path / "run").exists()
-    log = (tmp_path / "elsewhere" / "rank_0.log").read_text()
-    assert [line for line in log.splitlines() if not line.startswith("──")] == ["first", "second"]
+    for log, word in (("attempt_0001/rank_0.log", "first"), ("rank_0.log", "second")):
+        lines = (tmp_path / "elsewhere" / log).read_text().splitlines()
+        assert [line for line in lines if not line.startswith("──")] == [word]
     out, err = capfd.readouterr()
     assert out.count("first") == out.count("second") == 1
     assert err.count("first") == err.count("second") == 1
@@ -368,7 +377,7 @@ def test_a_dry_run_is_what_a_shell_can_run(place: Path, starter: Starter, capsys
 
 
 def test_one_start_is_one_line() -> None:
-    assert dry_run_lines([local.Start(["a b"], {"K": "v w"})]) == ["env 'K=v w' 'a b'"]
+    assert dry_run_lines([ranks.Start(["a b"], {"K": "v w"})]) == ["env 'K=v w' 'a b'"]
 
 
 def test_a_busy_port_is_told_beforehand(tmp_path: Path) -> None:
@@ -437,9 +446,7 @@ def test_gpus_are_counted_by_nvidia_smi_or_the_driver(tmp_path: Path) -> None:
 
 def test_threads_are_shared_unless_set() -> None:
     def threads(environment: dict[str, str], processes: int) -> set[str]:
-        starts = local.plan(
-            Starter.plain, ["x"], processes=processes, port=1, log_dir=Path("l"), environment=environment
-        )
+        starts = plan(Starter.plain, ["x"], place=Place((processes,)), log_dir=Path("l"), environment=environment)
         return {s.environment["OMP_NUM_THREADS"] for s in starts}
 
     cores = machine.count_cores()

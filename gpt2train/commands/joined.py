@@ -83,17 +83,17 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def launch_training(overrides: Sequence[str]) -> int:
     """Settings of the launch go to `launch`; the rest is checked here once and handed to every rank as it is."""
-    from launch.run import launch, rank_count
+    from launch.run import launch
 
     faults: list[str] = []
     launch_overrides, train_overrides = _split(overrides, launch_config.LaunchConfig)
     how = _composed(faults, launch_config.LaunchConfig, launch_overrides, check=launch_config.check)
     if _wants_cpu(train_overrides):
         how.gpus = launch_config.Gpus.none
-    config = _train_config(faults, train_overrides, rank_count(how))
+    config = _train_config(faults, train_overrides, _ranks(faults, how))
     if faults:
         raise ConfigError(faults)
-    return int(launch(how, train_command(train_overrides), Path(config.run_dir)))
+    return int(launch(how, train_command(train_overrides, how.python), Path(config.run_dir)))
 
 
 def sweep_training(overrides: Sequence[str]) -> int:
@@ -137,9 +137,22 @@ def sweep_training(overrides: Sequence[str]) -> int:
     return exit_code(results) or code
 
 
-def train_command(overrides: Sequence[str]) -> list[str]:
+def train_command(overrides: Sequence[str], python: str = "") -> list[str]:
     """The command line of one rank."""
-    return [sys.executable, "-m", "gpt2train", "train", *overrides]
+    return [python or sys.executable, "-m", "gpt2train", "train", *overrides]
+
+
+def _ranks(faults: list[str], how: launch_config.LaunchConfig) -> int:
+    """Processes of a launch; 1, with what is wrong added to `faults`, where they cannot be known."""
+    from launch.run import rank_count
+
+    if launch_config.check(how):  # told already
+        return 1
+    try:
+        return int(rank_count(how))
+    except launch_config.ConfigError as e:
+        faults += e.faults
+        return 1
 
 
 def write_report(overrides: Sequence[str]) -> int:
@@ -166,8 +179,14 @@ def write_report(overrides: Sequence[str]) -> int:
 
 def _split(overrides: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
     """Overrides of `schema`, and the others."""
-    own = set(leaves(schema))
-    return [o for o in overrides if o.split("=", 1)[0] in own], [o for o in overrides if o.split("=", 1)[0] not in own]
+    known = set(leaves(schema))
+    folders = {key.split(".")[0] for key in known if "." in key}  # a misspelt slurm.partition is a slurm setting, too
+
+    def is_own(override: str) -> bool:
+        key = override.split("=", 1)[0]
+        return key in known or key.split(".")[0] in folders
+
+    return [o for o in overrides if is_own(o)], [o for o in overrides if not is_own(o)]
 
 
 def _composed(
