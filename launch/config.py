@@ -88,8 +88,8 @@ class HostsConfig:
     """Python on the hosts; empty: the path of the one that runs the launch."""
     environment: list[str] = field(default_factory=list)
     """More variables that the hosts get from here, by name or pattern, beside those of Python, CUDA, NCCL, Gloo, torch,
-    OpenMP, DeepSpeed, Weights & Biases, Hugging Face and proxies; 'NAME=VALUE' sets one. They go through the connection,
-    never on a command line. srun takes the environment along by itself."""
+    OpenMP, DeepSpeed, Weights & Biases, Hugging Face and proxies; 'NAME=VALUE' sets one. They go through the
+    connection, never on a command line. srun takes the environment along by itself."""
     address: str = ""
     """Where the ranks meet: a name or address of the first host that all others reach; empty: its name in the file."""
     connect_timeout_s: float = 60.0

@@ -28,12 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch import logs
+from launch import logs, ranks
 from launch.config import HANDED_OVER, PEER_EXIT_CODE, ConfigError, Gpus, LaunchConfig, LaunchError, Over, host_is_name
 from launch.connection import Connection, Host, arguments, handed_over
 from launch.node import BEATS_PER_SILENCE
 from launch.outcome import Ended, Outcome, blame, conclude
-from launch.ranks import PEER_GRACE_S
 
 LOOK_S = 0.1
 PACKAGE_FOLDER = str(Path(__file__).parents[1])
@@ -204,10 +203,13 @@ class _Lines:
                     silence_timeout_s=how.silence_timeout_s + how.connect_timeout_s,
                     first=number == 0,
                     word=word,
+                    probe_wait_s=how.connect_timeout_s / 4,
                     directory=os.getcwd(),
                     run_dir=str(run_dir.absolute()),
                     log_dir=str(log_dir.absolute()),
-                    environment=handed_over([*HANDED_OVER, *how.environment], dict(os.environ) if how.over is Over.ssh else {}),
+                    environment=handed_over(
+                        [*HANDED_OVER, *how.environment], dict(os.environ) if how.over is Over.ssh else {}
+                    ),
                     command=list(command),
                     processes=slots[number],
                     gpus=self.config.gpus.name,
@@ -240,6 +242,7 @@ class _Lines:
                 port=self.config.port or self.hellos[0]["port"],
                 restart=restart,
                 stop_timeout_s=self.config.stop_timeout_s,
+                peer_grace_s=ranks.PEER_GRACE_S,
             )
 
     def watch(self, world_size: int, received: deque[signal.Signals]) -> Outcome:
@@ -312,8 +315,8 @@ class _Lines:
             if not failed and (lost or blame(ended, told)):
                 failed = self._fail()
             if failed and give_up_s == float("inf"):
-                # A node kills its ranks after PEER_GRACE_S by itself; one that cannot even do that is not waited for.
-                give_up_s = now_s + PEER_GRACE_S + silence_s
+                # A node kills its ranks after that time by itself; one that cannot even do that is not waited for.
+                give_up_s = now_s + ranks.PEER_GRACE_S + silence_s
             if now_s > give_up_s:
                 for line in self.open:
                     if not line.done and not line.gone:

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import logs
+from launch import ranks as around
 from launch.outcome import Outcome, blame, conclude
 from launch.rank import file_of
 from launch.ranks import Orders, Ranks, Start, clear_away, start_all, stop_signals, watch
@@ -43,7 +44,14 @@ def run_ranks(starts: Sequence[Start], *, processes: int, log_dir: Path, stop_ti
         starters = start_all(starts, ranks, logs.starter_log(log_dir))
         try:
             told = watch(
-                ranks, starts, starters, Orders(received), stop_timeout_s=stop_timeout_s, say=logs.say, each_look=show
+                ranks,
+                starts,
+                starters,
+                Orders(received),
+                stop_timeout_s=stop_timeout_s,
+                peer_grace_s=around.PEER_GRACE_S,
+                say=logs.say,
+                each_look=show,
             )
         finally:
             clear_away(ranks, starters)

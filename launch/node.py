@@ -106,7 +106,7 @@ def _check(order: dict[str, Any]) -> dict[str, Any]:
         if order["first"]:
             word = secrets.token_hex(8)
             (run_dir / PROBE).write_text(word, encoding="utf-8")
-        elif not _finds(run_dir / PROBE, order["word"]):
+        elif not _finds(run_dir / PROBE, order["word"], float(order["probe_wait_s"])):
             faults.append(
                 f"run_dir={run_dir}: is not the first host's folder; all hosts write their part of a checkpoint into "
                 f"it, so give one that they share"
@@ -125,7 +125,7 @@ def _check(order: dict[str, Any]) -> dict[str, Any]:
     return {"faults": faults, "word": word}
 
 
-def _finds(probe: Path, word: str, within_s: float = 15.0) -> bool:
+def _finds(probe: Path, word: str, within_s: float) -> bool:
     """Does the first host's word stand in `probe`? A network file system may show it some seconds late."""
     end_s = time.monotonic() + within_s
     while True:
@@ -203,6 +203,7 @@ def _run(order: dict[str, Any], messages: _Messages) -> None:
                 starters,
                 orders,
                 stop_timeout_s=float(order["stop_timeout_s"]),
+                peer_grace_s=float(order["peer_grace_s"]),
                 say=lambda line: messages.send("say", line=line),
                 each_look=report,
             )

@@ -158,7 +158,7 @@ class Orders:
     kill: bool = False
     """Kill the ranks now."""
     peer_failed: bool = False
-    """A rank on another machine failed: those here have PEER_GRACE_S."""
+    """A rank on another machine failed: those here have a short while."""
 
 
 def start_all(starts: Sequence[Start], ranks: Ranks, starter_log: Path) -> list[subprocess.Popen[bytes]]:
@@ -195,12 +195,14 @@ def watch(
     orders: Orders,
     *,
     stop_timeout_s: float,
+    peer_grace_s: float,
     say: Callable[[str], None],
     each_look: Callable[[], None],
 ) -> signal.Signals | None:
     """Until every rank has ended, or none can be expected to any more. Returns the signal that asked for a stop.
 
-    say: takes lines for people. each_look: called after each look at the ranks' files.
+    stop_timeout_s: for ranks that were told to stop; peer_grace_s: for those whose peer has failed; then they are
+    killed. say: takes lines for people. each_look: called after each look at the ranks' files.
     """
     told: signal.Signals | None = None
     kill_at_s = float("inf")
@@ -236,10 +238,10 @@ def watch(
         if told:
             ranks.tell(told)
         if not failed and (failures := blame(ends := ranks.ends(), told)):
-            failed, kill_at_s = True, min(kill_at_s, now_s + PEER_GRACE_S)
-            say(f"rank {failures[0]} {ends[failures[0]].how()}; the others have {PEER_GRACE_S:g} s to end")
+            failed, kill_at_s = True, min(kill_at_s, now_s + peer_grace_s)
+            say(f"rank {failures[0]} {ends[failures[0]].how()}; the others have {peer_grace_s:g} s to end")
         if not failed and orders.peer_failed:
-            failed, kill_at_s = True, min(kill_at_s, now_s + PEER_GRACE_S)
+            failed, kill_at_s = True, min(kill_at_s, now_s + peer_grace_s)
         if orders.kill or now_s >= kill_at_s:
             ranks.kill()
         time.sleep(POLL_S)

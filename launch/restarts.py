@@ -16,6 +16,7 @@ Not started again:
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -52,7 +53,7 @@ def run_attempts(
     restarts: attempts in a row without progress that may follow a failure. received: fills when a signal asks to stop,
     which also ends a pause. begun_before: this launch goes on one that had been running (a job that was requeued).
     """
-    best = begun_at = last_step(run_dir)
+    best, begun_with = last_step(run_dir), _stamp(run_dir)
     before: tuple[int, int, str] | None = None
     fruitless = 0
     number = 0
@@ -70,7 +71,7 @@ def run_attempts(
         if why := _no_more(
             outcome,
             first=number == 0 and not begun_before,
-            moved=best > begun_at,
+            moved=_stamp(run_dir) != begun_with,
             passing=passing,
             repeated=failure == before and not passing,
             step=step,
@@ -122,6 +123,15 @@ def _wait(pause_s: float, received: deque[signal.Signals]) -> bool:
     while not received and (left_s := end_s - time.monotonic()) > 0:
         time.sleep(min(LOOK_S, left_s))
     return not received
+
+
+def _stamp(run_dir: Path) -> tuple[int, int] | None:
+    """Changes when a step is written, also by a run that goes on from a checkpoint far behind the last step."""
+    try:
+        found = os.stat(run_dir / METRICS)
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def last_step(run_dir: Path) -> int:

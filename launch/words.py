@@ -54,6 +54,8 @@ def from_words(words: Sequence[str]) -> LaunchConfig:
             continue
         before = getattr(place, name)
         try:
+            if dataclasses.is_dataclass(before):
+                raise ValueError(word)
             setattr(place, name, _value(text, before))
         except (ValueError, KeyError):
             faults.append(f"{word}: not of the kind of {before!r}")

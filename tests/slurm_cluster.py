@@ -130,6 +130,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
     key = folder / "munge.key"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
+    started: list[subprocess.Popen[bytes]] = []
     try:
         subprocess.run(["ip", "netns", "add", space], check=True)
         subprocess.run(["ip", "-n", space, "link", "set", "lo", "up"], check=True)
@@ -140,9 +141,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         daemons += [["slurmd", "-D", "-N", node] for node in ("n1", "n2")]
         for words in daemons:
             with open(folder / "daemons.log", "ab") as log:
-                subprocess.Popen(
+                process = subprocess.Popen(
                     [*made.inside, *words], env=made.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
+            started.append(process)
             if words[0] == "munged":
                 _until(lambda: (folder / "munge.socket").exists(), "munged", made)
         _until(lambda: made.run(["sinfo", "-h", "-o", "%D %t"]).stdout.splitlines()[:1] == ["2 idle"], "nodes", made)
@@ -154,6 +156,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
         subprocess.run(["ip", "netns", "del", space], capture_output=True)
+        for process in started:
+            process.wait(30)
 
 
 MUNGE_FILES = {

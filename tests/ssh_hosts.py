@@ -6,14 +6,13 @@ Needs root, iproute2 and openssh-server; `missing()` says what is not there.
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ADDRESSES = ("10.77.1.1", "10.77.1.2")
@@ -42,6 +41,7 @@ class Hosts:
 
     spaces: tuple[str, str]
     folder: Path
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def inside(self, number: int) -> list[str]:
         """Words before a command that is to run on host `number`."""
@@ -86,6 +86,7 @@ class Hosts:
             daemon = subprocess.Popen(
                 [*self.inside(number), sshd, "-D", "-e", "-f", str(config)], stderr=log, stdin=subprocess.DEVNULL
             )
+        self.daemons.append(daemon)
         deadline_s = time.monotonic() + 30
         probe = [*self.inside(number), "bash", "-c", f"exec 3<>/dev/tcp/{ADDRESSES[number]}/22"]
         while subprocess.run(probe, capture_output=True).returncode:
@@ -120,7 +121,5 @@ def two_hosts(folder: Path) -> Iterator[Hosts]:
             with contextlib.suppress(FileNotFoundError):
                 hosts.kill(number)
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
-
-
-def user() -> str:
-    return getpass.getuser()
+        for daemon in hosts.daemons:
+            daemon.wait(30)

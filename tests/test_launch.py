@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import HARMLESS, RANK, alive, nobody_left, processes_in
 
 from gpt2train import config as training
 from launch import local, machine, ranks
@@ -25,37 +26,6 @@ from launch.run import launch, rank_count
 
 DEEPSPEED = pytest.param(Starter.deepspeed, marks=pytest.mark.slow)
 STARTERS = [Starter.plain, Starter.torchrun, DEEPSPEED]
-HARMLESS = ["a b", "$(touch bad)", "q'\"", "*", "--log", "-m"]
-
-# A rank as gpt2train's: it saves and leaves with 85 when told to stop, and otherwise does what its argument says.
-RANK = """
-import json, os, pathlib, signal, subprocess, sys, time
-told = []
-what, note = sys.argv[1], pathlib.Path(sys.argv[2]) / f"rank {os.environ['RANK']}"
-if what != "deaf":
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda n, f: told.append(n))
-else:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT OMP_NUM_THREADS".split()
-helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
-seen = {**{n: os.environ.get(n) for n in names}, "arguments": sys.argv[3:], "pids": [os.getpid(), helper.pid]}
-note.with_suffix(".part").write_text(json.dumps(seen))
-note.with_suffix(".part").rename(note)
-print("hello from rank", os.environ["RANK"], "ü", flush=True)
-if what == "quick":
-    sys.exit(0)
-if what.startswith("fail:") and os.environ["RANK"] == "1":
-    print("the cause of it", flush=True)
-    sys.exit(int(what[5:]))
-for _ in range(1200):
-    if told:
-        print("saved after", signal.Signals(told[0]).name, flush=True)
-        sys.exit(85)
-    time.sleep(0.05)
-"""
-
 LAUNCH = """
 import json, pathlib, sys
 from launch.config import LaunchConfig, Starter
@@ -108,36 +78,6 @@ class Launched:
 
     def log(self, rank: int) -> str:
         return (self.run_dir / "logs" / f"rank_{rank}.log").read_text()
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
-    except FileNotFoundError:
-        return False
-
-
-def processes_in(folder: Path) -> list[int]:
-    """Processes whose command line or directory names `folder`: starters, ranks and whatever stands around them."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                named = str(folder) in (entry / "cmdline").read_text() + os.readlink(entry / "cwd")
-            except OSError:
-                continue
-            if named and alive(int(entry.name)):
-                found.append(int(entry.name))
-    return found
-
-
-def nobody_left(folder: Path, within_s: float) -> bool:
-    deadline_s = time.monotonic() + within_s
-    while processes_in(folder):
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 @pytest.fixture
