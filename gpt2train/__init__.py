@@ -18,12 +18,12 @@ The rooms, in the order a run meets them:
     claim       owning and opening a run folder: its lock, its identity, what it refuses
     train       the loop
     evaluate    validation loss, perplexity of texts
-    generate    sampling
     trace       a step → the documents it saw; a URL → the steps that saw it
     scaling     runs of several sizes → a table and a picture of loss over size
     report      a run → one HTML file
     charts      pictures of curves, for both
     saving/     checkpoints beside the training, and to other storage
+    generation/ sampling, hidden states, a local page and endpoint
     release/    Hugging Face format both ways, the model card
     commands/   the table of commands, help and completion, commands that join packages
     cli         the command line

@@ -13,7 +13,6 @@ from gpt2train.config import (
     ActivationCheckpointing,
     ExportConfig,
     FaultAction,
-    GenerateConfig,
     Precision,
     TrainConfig,
 )
@@ -30,24 +29,6 @@ def run_faults(run: str) -> list[str]:
     if not whole and path.parent.name != "checkpoints":
         return [f"run={run}: holds no checkpoint; give the folder that `train` got as run_dir"]
     return []
-
-
-def check_generate(config: GenerateConfig) -> list[str]:
-    """All faults of `config`, one line each; empty when it can run."""
-    faults = run_faults(config.run)
-    if config.max_new_tokens < 1:
-        faults.append(f"max_new_tokens={config.max_new_tokens}: must be above 0; give max_new_tokens=128")
-    if not 0 <= config.temperature < float("inf"):
-        faults.append(f"temperature={config.temperature}: must be 0 (greedy) or more; give temperature=0.8")
-    if config.top_k < 0:
-        faults.append(f"top_k={config.top_k}: must be 0 (all) or more; give top_k=40")
-    if not 0 < config.top_p <= 1:
-        faults.append(f"top_p={config.top_p}: must lie in (0, 1]; give top_p=1.0")
-    if config.samples < 1:
-        faults.append(f"samples={config.samples}: must be above 0; give samples=1")
-    if not 0 <= config.seed < 2**63:
-        faults.append(f"seed={config.seed}: must lie in [0, 2⁶³); give seed=0")
-    return faults
 
 
 def check_export(config: ExportConfig) -> list[str]:

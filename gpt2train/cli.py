@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gpt2train.bounds import check, check_export, check_generate, run_faults
+from gpt2train.bounds import check, check_export, run_faults
 from gpt2train.commands.help import COMPLETION, command_help, complete, overview
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
 from gpt2train.config import ConfigError
+from gpt2train.generation.config import check_generate, check_serve
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +82,10 @@ def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
     """What the settings' own module knows of their bounds, before the module that works is imported."""
     if schema == "gpt2train.config:TrainConfig":
         return lambda config: check(config, world_size=_world_size())
-    if schema == "gpt2train.config:GenerateConfig":
+    if schema == "gpt2train.generation.config:GenerateConfig":
         return check_generate
+    if schema == "gpt2train.generation.config:ServeConfig":
+        return check_serve
     if schema == "gpt2train.config:ExportConfig":
         return check_export
     if schema == "gpt2train.config:EvaluateCommandConfig":

@@ -307,29 +307,6 @@ class TrainConfig:
 
 
 @dataclass
-class GenerateConfig:
-    """`gpt2train generate`: a run → text on standard output, all else on standard error."""
-
-    run: str = ""
-    """Run folder, checkpoint folder, or a folder in Hugging Face format."""
-    prompt: str = ""
-    """Text to go on from; empty: from `<|endoftext|>`, as an unconditional sample. `-` reads standard input."""
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_k: int = 40
-    """Sample among the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together reach this probability."""
-    seed: int = 0
-    """Seed of the first sample; each further one adds 1."""
-    samples: int = 1
-    echo: bool = True
-    """Print the prompt before what follows it."""
-    device: Device = Device.auto
-
-
-@dataclass
 class EvaluateCommandConfig:
     """`gpt2train evaluate`: a run → validation loss and perplexity, and where texts are named, theirs."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ class KeyValueCache:
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
         self.length = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows of the batch go on, in this order."""
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.keys_LBHSD.device)
+        self.keys_LBHSD = self.keys_LBHSD.index_select(1, chosen)
+        self.values_LBHSD = self.values_LBHSD.index_select(1, chosen)
 
     def append(self, layer: int, keys_BHTD: Tensor, values_BHTD: Tensor) -> tuple[Tensor, Tensor]:
         """Writes the new tokens of one layer behind the old ones; returns all of them, [B, H, S, D] each.

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import EvaluateConfig, TrainConfig
-from gpt2train.generate import keep_top_k
+from gpt2train.generation.sampling import keep_top_k
 from gpt2train.run_folder import PROFILE
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K, SAMPLE_SEED = 0.8, 40, 0

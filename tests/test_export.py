@@ -29,7 +29,7 @@ from gpt2train.config import (
     ModelConfig,
     TrainConfig,
 )
-from gpt2train.generate import sample
+from gpt2train.generation.decoding import sample
 from gpt2train.model import GPT
 from gpt2train.release import export
 from gpt2train.release.export import export_run, import_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,8 +21,14 @@ from safetensors.torch import save_file
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, GenerateConfig, ModelConfig, NonFiniteError
-from gpt2train.generate import generate, keep_top_k, keep_top_p, next_token, sample, utf8_stream
+from gpt2train.config import ConfigError, ModelConfig, NonFiniteError
+from gpt2train.generation.config import GenerateConfig
+from gpt2train.generation.decoding import Decoding, sample
+from gpt2train.generation.embedding import hidden_states
+from gpt2train.generation.generate import generate
+from gpt2train.generation.sampling import GREEDY as GREEDILY
+from gpt2train.generation.sampling import Sampling, keep_top_k, keep_top_p, next_token, penalize_repetition
+from gpt2train.generation.text import TextStream, utf8_stream
 from gpt2train.model import GPT
 from gpt2train.release.export import _write_json
 from gpt2train.release.hf import hf_config, to_hf_state
@@ -103,7 +111,8 @@ def test_top_k_of_zero_keeps_all() -> None:
 
 def test_tokens_are_drawn_with_their_probabilities() -> None:
     logits, generator = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5]), torch.Generator().manual_seed(5)
-    draws = [next_token(logits, temperature=0.7, top_k=4, top_p=0.97, generator=generator) for _ in range(20_000)]
+    chosen = Sampling(temperature=0.7, top_k=4, top_p=0.97)
+    draws = [next_token(logits, chosen, [], generator) for _ in range(20_000)]
     # top-k takes away index 3; of the others the likeliest reach .97 only together.
     expected = (torch.tensor([1.0, 0.0, 2.0, -torch.inf, 0.5]) / 0.7).softmax(-1)
     found = torch.bincount(torch.tensor(draws), minlength=5) / len(draws)
@@ -114,13 +123,21 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
 def test_a_small_temperature_does_not_overflow() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([3.0, 3.5, -80.0])
-    assert {next_token(logits, temperature=1e-38, top_k=0, top_p=1.0, generator=generator) for _ in range(9)} == {1}
+    assert {next_token(logits, Sampling(temperature=1e-38), [], generator) for _ in range(9)} == {1}
 
 
 def test_a_diverged_model_is_named() -> None:
     logits = torch.tensor([0.0, float("nan")])
     with pytest.raises(NonFiniteError, match="logits are not finite; choose an earlier checkpoint"):
-        next_token(logits, temperature=0, top_k=0, top_p=1.0, generator=torch.Generator())
+        next_token(logits, GREEDILY, [], torch.Generator())
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
+def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
+    for logits in logit_rows():
+        said = torch.randint(0, logits.shape[1], (1, 30), generator=torch.Generator().manual_seed(2))
+        expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(said, logits[:1].clone())
+        assert torch.equal(penalize_repetition(logits[0], said[0].tolist(), penalty), expected[0])
 
 
 # -- decoding
@@ -157,6 +174,58 @@ def test_the_window_slides_by_half_a_context(length: int) -> None:
                 window = window[-32:]
     assert len(set(expected)) > 10
     assert list(sample(model, prompt, max_new_tokens=150, **GREEDY)) == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDILY, Sampling(temperature=1.3, top_k=50, repetition_penalty=1.2)])
+def test_a_row_has_the_text_it_would_have_alone(sampling: Sampling) -> None:
+    """Prompts from one token to more than a context, rows that end early, and the window sliding twice."""
+    model = lively(replace(TINY, vocabulary=500))
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(500, (n,), generator=generator).tolist() for n in (1, 5, 5, 63, 64, 65, 130)]
+    alone = []
+    for seed, prompt in enumerate(prompts):
+        rows = Decoding(model, [prompt], sampling, seeds=[seed], max_new_tokens=90)
+        alone.append([token for _, token in rows])
+    rows = Decoding(model, prompts, sampling, seeds=range(7), max_new_tokens=90)
+    together: list[list[int]] = [[] for _ in prompts]
+    for row, token in rows:
+        together[row].append(token)
+        if row == 2 and len(together[2]) == 7:
+            rows.finish(2)
+    alone[2] = alone[2][:7]
+    assert together == alone
+    assert rows.reasons == {0: "length", 1: "length", 2: "stop", 3: "length", 4: "length", 5: "length", 6: "length"}
+    assert len(set(together[6])) > 10
+
+
+def test_a_row_that_meets_the_end_leaves_the_others_alone() -> None:
+    """The end of text is the likeliest after one prompt only."""
+    model = lively(TINY)
+    prompts = [[4, 5], [6, 7], [8, 9]]
+    expected = [list(sample(model, prompt, max_new_tokens=9, **GREEDY)) for prompt in prompts]
+    ends = expected[1][3]
+    with torch.no_grad():  # the two tokens change places, so that the second row says the end of text there
+        rows = model.wte.weight[[ends, END_OF_TEXT]].clone()
+        model.wte.weight[[END_OF_TEXT, ends]] = rows
+    expected = [list(sample(model, prompt, max_new_tokens=9, **GREEDY)) for prompt in prompts]
+    assert [len(e) for e in expected][1] < 9
+    got: list[list[int]] = [[], [], []]
+    decoding = Decoding(model, prompts, GREEDILY, seeds=[0, 0, 0], max_new_tokens=9)
+    for row, token in decoding:
+        got[row].append(token)
+    assert got == expected
+    assert decoding.reasons[1] == "stop"
+
+
+def test_hidden_states_are_those_of_transformers(folder: Path) -> None:
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    ids = [818, 257, 1934, 389, 50256, 7]
+    with torch.no_grad():
+        expected = torch.cat(theirs(torch.tensor([ids]), output_hidden_states=True).hidden_states)
+    got = hidden_states(lively(TINY), ids)
+    assert got.shape == (3, 6, 32)
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not lively(TINY).h[0]._forward_hooks
 
 
 def test_a_context_of_one_token_still_samples() -> None:
@@ -227,6 +296,33 @@ def test_a_character_comes_out_once_it_is_whole() -> None:
     assert asked == ids[:-1]
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="ab\né", max_size=30), st.lists(st.text(alphabet="ab\né", min_size=1, max_size=4), max_size=3))
+def test_a_stop_string_ends_the_text_wherever_it_lies(text: str, stop: list[str]) -> None:
+    """Token by token, a byte each, against a plain search in the whole text."""
+    tokenizer = load_tokenizer()
+    stream, pieces = TextStream(tokenizer, stop), []
+    for byte in text.encode():
+        token = next(i for i in range(256) if tokenizer.decode_bytes([i]) == bytes([byte]))
+        pieces.append(stream.add(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.end())
+    # The first to be complete ends the text; of those complete at one character, the one that began first.
+    complete = [(text.index(s) + len(s), text.index(s)) for s in stop if s in text]
+    expected = text[: min(complete)[1]] if complete else text
+    assert "".join(pieces) == expected
+    assert stream.stopped == bool(complete)
+
+
+def test_nothing_is_held_back_that_no_stop_string_can_take() -> None:
+    tokenizer = load_tokenizer()
+    stream = TextStream(tokenizer, ["END"])
+    given = [stream.add(int(t)) for t in tokenizer.encode("xE yEN zEN")]
+    assert "".join(given) == "xE yEN z"
+    assert stream.end() == "EN"
+
+
 # -- the command
 
 
@@ -274,12 +370,75 @@ def test_a_prompt_beyond_the_context_is_cut_and_told(
     assert out.decode() == text + load_tokenizer().decode(expected) + "\n"
 
 
+def test_prompts_of_a_file_in_batches(folder: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    prompts = ["One", "Two and a longer one", MIXED]
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p in prompts) + "\n")
+    (tmp_path / "p.txt").write_text("\r\n".join(prompts) + "\r\n\r\n")
+    options = {"run": str(folder), "max_new_tokens": 8, "seed": 5, "top_k": 5, "stop": ["e"]}
+    one_by_one = b"".join(
+        run_generate(capsysbinary, prompt=p, **(options | {"seed": 5 + 2 * i + j}))[0]
+        for i, p in enumerate(prompts)
+        for j in range(2)
+    )
+    for name in ("p.jsonl", "p.txt"):
+        for batch in (1, 2, 6):
+            out, err = run_generate(capsysbinary, prompts=str(tmp_path / name), samples=2, batch=batch, **options)
+            assert out == one_by_one
+            assert [line.split(", ")[1] for line in err.decode().strip().split("\n")] == [
+                f"seed {s}" for s in range(5, 11)
+            ]
+    out, _ = run_generate(
+        capsysbinary, prompts=str(tmp_path / "p.txt"), samples=2, out=str(tmp_path / "o.jsonl"), batch=4, **options
+    )
+    assert out == b""
+    lines = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().split("\n")[:-1]]
+    assert "".join(line["prompt"] + line["text"] + "\n" for line in lines).encode() == one_by_one
+    assert {line["ended_by"] for line in lines} <= {"stop", "length"}
+    assert all(line["new_tokens"] == 8 for line in lines if line["ended_by"] == "length")
+
+
+def test_embeddings_lie_in_a_folder(folder: Path, tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    to = tmp_path / "e"
+    out, err = run_generate(capsysbinary, run=str(folder), embed=["a text", " word" * 99], embed_to=str(to))
+    assert out == b""
+    assert b"text 2 has 99 tokens; the first 64" in err
+    index = [json.loads(line) for line in (to / "texts.jsonl").read_text().split("\n")[:-1]]
+    assert [line["text"] for line in index] == ["a text", " word" * 99]
+    for line in index:
+        got = np.load(to / line["file"])
+        assert got.dtype == np.float32
+        assert np.array_equal(got, hidden_states(lively(TINY), line["tokens"]).numpy())
+    with pytest.raises(ConfigError, match=r"embed_to=.*: exists and is not empty; give a new folder"):
+        generate(GenerateConfig(run=str(folder), embed=["x"], embed_to=str(to)))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("", "holds no prompt"),
+        ('{"prompt": 5}\n', "line 1: `prompt` must be a text"),
+        ('\n{"text": "x"}\nnonsense\n', "line 2: expected .*\n.*line 3: expected"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(folder: Path, tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        generate(GenerateConfig(run=str(folder), prompts=str(tmp_path / "p.jsonl")))
+
+
 def test_all_faults_are_reported_together() -> None:
-    wrong = GenerateConfig(max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, samples=0, seed=-1)
+    wrong = GenerateConfig(
+        max_new_tokens=0, temperature=-1, top_k=-1, top_p=0, samples=0, seed=-1, repetition_penalty=0, stop=[""],
+        batch=0, prompt="x", prompts="nowhere", embed=["x"],
+    )  # fmt: skip
+    wrong.watermark.green_fraction, wrong.watermark.bias = 1.0, 0.0
     with pytest.raises(ConfigError) as caught:
         generate(wrong)
     names = [fault.split("=")[0] for fault in caught.value.faults]
-    assert names == ["run", "max_new_tokens", "temperature", "top_k", "top_p", "samples", "seed"]
+    assert names == [
+        "run", "max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "stop", "seed",
+        "watermark.green_fraction", "watermark.bias", "samples", "batch", "prompts", "prompts", "embed", "embed_to",
+    ]  # fmt: skip
 
 
 def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -75,9 +75,19 @@ COMMANDS: dict[str, Command] = {
     ),
     "generate": Command(
         "samples from a run, on standard output",
-        "gpt2train.config:GenerateConfig",
-        "gpt2train.generate:generate",
-        examples=('gpt2train generate run=runs/small prompt="In a shocking finding,"',),
+        "gpt2train.generation.config:GenerateConfig",
+        "gpt2train.generation.generate:generate",
+        examples=(
+            'gpt2train generate run=runs/small prompt="In a shocking finding,"',
+            "gpt2train generate run=runs/small prompts=prompts.txt samples=4 out=samples.jsonl",
+            'gpt2train generate run=runs/small embed=["a text"] embed_to=embeddings/',
+        ),
+    ),
+    "serve": Command(
+        "a local page with live text, and an OpenAI-compatible completions endpoint",
+        "gpt2train.generation.config:ServeConfig",
+        "gpt2train.generation.serve:serve",
+        examples=("gpt2train serve run=runs/small port=8000",),
     ),
     "export": Command(
         "a run → a folder that transformers loads, with a model card",

@@ -1,0 +1,106 @@
+"""Prompts → new tokens, many rows at once, with the keys and values of past tokens kept.
+
+Flows in: a model and rows of token ids. Flows out: (row, token), as each is chosen. A token costs one position's
+forward pass for all rows together.
+
+Rows of unequal length need no padding and no mask: all rows stand at the same position. They enter with the tokens that
+the shortest prompt has; a row whose prompt is longer is then fed its own next token instead of one that was chosen. So
+a row's text is the text it would have alone.
+
+The context is finite: once it is full, the window slides by half. The last context // 2 tokens are read again from
+position 0 and decoding goes on behind them, so each token sees at least half a context and the reading again costs at
+most two positions a token. A prompt longer than the context enters with its last `context` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
+from gpt2train.generation.sampling import Sampling, next_token
+from gpt2train.model import GPT, KeyValueCache
+
+STOP, LENGTH = "stop", "length"
+"""Why a row ended: by `<|endoftext|>` or because nobody wanted more, or with as many tokens as were allowed."""
+
+
+class Decoding:
+    """All rows of one batch.
+
+        rows = Decoding(model, [[15496], [464, 3290]], Sampling(top_k=40), seeds=[0, 1], max_new_tokens=20)
+        for row, token in rows:
+            ...
+            rows.finish(row)        # where no more of it is wanted
+
+    Every prompt has at least one id. `reasons[row]` tells how an ended row ended. The same seed gives the same tokens,
+    drawn on the CPU by the row's own generator; ids that are no token (padding, or a vocabulary larger than GPT-2's)
+    have probability 0. `<|endoftext|>` ends a row and is not given.
+    """
+
+    def __init__(
+        self, model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int],
+        max_new_tokens: int,
+    ) -> None:  # fmt: skip
+        assert all(prompts), "an empty prompt starts from END_OF_TEXT"
+        assert len(seeds) == len(prompts)
+        self.reasons: dict[int, str] = {}
+        self._model, self._sampling, self._max_new_tokens = model, sampling, max_new_tokens
+        self._context = model.config.context
+        self._said = [list(p[-self._context :]) for p in prompts]
+        """Each row's prompt, as far as the context takes it, and its new tokens."""
+        self._prompt_tokens = [len(said) for said in self._said]
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def finish(self, row: int) -> None:
+        """No more tokens of this row."""
+        self.reasons.setdefault(row, STOP)
+
+    def new_tokens(self, row: int) -> int:
+        """How many tokens the row has got so far."""
+        return len(self._said[row]) - self._prompt_tokens[row]
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        config, parameter = self._model.config, self._model.wte.weight
+        live = list(range(len(self._said)))
+        room = min(self._context, max(self._prompt_tokens) + self._max_new_tokens)
+        cache = KeyValueCache(
+            replace(config, context=room), batch=len(live), device=parameter.device, dtype=parameter.dtype
+        )
+        at = min(self._prompt_tokens)  # tokens of each row that the model has seen after the next pass
+        fresh = [self._said[row][:at] for row in live]
+        while live:
+            logits_BTV = self._model(torch.tensor(fresh, device=parameter.device), cache=cache)
+            logits_BV = logits_BTV[:, -1, :VOCABULARY].float().cpu()  # host-device sync, once a token
+            for logits_V, row in zip(logits_BV, live, strict=True):
+                if row in self.reasons or len(self._said[row]) > at:
+                    continue  # ended, or still within its prompt
+                token = next_token(logits_V, self._sampling, self._said[row], self._generators[row])
+                if token == END_OF_TEXT:
+                    self.finish(row)
+                    continue
+                self._said[row].append(token)
+                if self.new_tokens(row) == self._max_new_tokens:
+                    self.reasons[row] = LENGTH
+                yield row, token
+            at += 1
+            stay = [i for i, row in enumerate(live) if row not in self.reasons]
+            if len(stay) < len(live):
+                cache.keep(stay)
+                live = [live[i] for i in stay]
+            fresh = [self._said[row][at - 1 : at] for row in live]
+            if cache.length == self._context:
+                fresh = [self._said[row][at - max(self._context // 2, 1) : at] for row in live]
+                cache.clear()
+
+
+def sample(
+    model: GPT, prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> Iterator[int]:
+    """New ids after `prompt` (at least one id), until `<|endoftext|>`, which is not given, or `max_new_tokens`."""
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    for _, token in Decoding(model, [prompt], sampling, seeds=[seed], max_new_tokens=max_new_tokens):
+        yield token
