@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError  # type: ignore[import-untyped]  # OmegaConf lets PyYAML's errors through
+from yaml import YAMLError  # OmegaConf lets PyYAML's errors through
 
 from gpt2train.config import ConfigError, TrainConfig
 

@@ -35,7 +35,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_module_and_config_travels(unpacked: Path) -> None:
     for package in ("data_pipeline", "gpt2train", "launch"):
         for path in (ROOT / package).rglob("*"):
-            if path.suffix in (".py", ".jinja"):
+            if path.suffix in (".py", ".jinja", ".html", ".js", ".css"):
                 assert (unpacked / path.relative_to(ROOT)).exists(), path
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert (unpacked / "gpt2train" / path.relative_to(ROOT)).exists(), path

@@ -15,6 +15,7 @@ import contextlib
 import ipaddress
 import json
 import signal
+import socket
 import sys
 import threading
 import time
@@ -60,34 +61,38 @@ def serve(config: ServeConfig) -> int:
         raise ConfigError(faults)
     key = read_key(config.watermark.key_file) if config.watermark.key_file else b""
     watermark = Watermark(key, config.watermark.green_fraction, config.watermark.bias) if key else None
-    model = load_model(config.run, choose_device(config.device))
-    refuse_fewer_tokens(model, config.run)
+    listener = _listen(config)
+    with listener:
+        model = load_model(config.run, choose_device(config.device))
+        refuse_fewer_tokens(model, config.run)
+        asyncio.run(_serve(Server(config, model, watermark), listener))
+    return 0
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """The socket, taken before the model is loaded. Raises GPT2TrainError where it is not to be had."""
     try:
-        asyncio.run(_serve(Server(config, model, watermark)))
-    except KeyboardInterrupt:
-        pass
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
         raise GPT2TrainError(
             f"host={config.host} port={config.port}: cannot listen there ({error.strerror}); give another port"
         ) from error
-    return 0
 
 
-async def _serve(server: Server) -> None:
+async def _serve(server: Server, listener: socket.socket) -> None:
     runner = web.AppRunner(
         server.application(), handler_cancellation=True, access_log=None, shutdown_timeout=SHUTDOWN_S
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, server.config.host, server.config.port)
-        await site.start()
-        host, port = runner.addresses[0][:2]
+        await web.SockSite(runner, listener).start()
+        host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{port}/  and  POST http://{shown}:{port}/v1/completions", file=sys.stderr, flush=True)
         if not ipaddress.ip_address(host).is_loopback:
             print(f"host={host}: whoever reaches this address may use the model", file=sys.stderr, flush=True)
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         await stop.wait()
@@ -96,7 +101,7 @@ async def _serve(server: Server) -> None:
         await runner.cleanup()
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A completion under way: what the computing thread says of it, and whether anybody still listens."""
 
