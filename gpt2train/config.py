@@ -363,6 +363,8 @@ class SweepConfig:
 
     out: str = ""
     """Folder of the sweep; each trial's run folder lies in it."""
+    summary_only: bool = False
+    """Run no trial; table and picture of what the trials have reached so far."""
 
 
 @dataclass

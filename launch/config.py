@@ -102,9 +102,13 @@ class HostsConfig:
 @dataclass
 class SlurmConfig:
     nodes: int = 1
+    """Nodes of the job."""
     partition: str = ""
+    """Partitions that it may run in, with commas between; empty: Slurm's default."""
     account: str = ""
+    """Account that it is charged to; empty: Slurm's default."""
     qos: str = ""
+    """Quality of service; empty: Slurm's default."""
     time: str = ""
     """Time limit as Slurm writes it: 30 (minutes), 8:00:00, 2-12:00:00; empty: the partition's own."""
     cpus_per_node: int = 0
@@ -227,6 +231,17 @@ def _check_hosts(hosts: HostsConfig) -> list[str]:
     return faults
 
 
+def _seconds(time: str) -> int:
+    """A time limit of Slurm's form in seconds; 0 for none, or one that is not of that form."""
+    if not _TIME.fullmatch(time) or not time[0].isdigit():
+        return 0
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    # With days hours come first; without, minutes, but for three numbers.
+    factors = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86_400 + sum(p * f for p, f in zip(parts, factors, strict=False))
+
+
 def _check_slurm(config: LaunchConfig) -> list[str]:
     slurm = config.slurm
     faults = []
@@ -244,6 +259,11 @@ def _check_slurm(config: LaunchConfig) -> list[str]:
         faults.append(f"slurm.array_limit={slurm.array_limit}: must be 0 (no limit) or more")
     if not 0 <= slurm.warning_s <= _SIGNAL_LATEST_S:
         faults.append(f"slurm.warning_s={slurm.warning_s}: must lie in 0..{_SIGNAL_LATEST_S} (Slurm's own bound)")
+    elif slurm.requeue and (limit_s := _seconds(slurm.time)) and limit_s <= slurm.warning_s:
+        faults.append(
+            f"slurm.time={slurm.time}: ends before slurm.warning_s={slurm.warning_s}: the job would stop at its start; "
+            f"give more time, or a smaller slurm.warning_s"
+        )
     for name in ("partition", "account", "qos", "constraint"):
         value = getattr(slurm, name)
         # In a line of #SBATCH nothing is quoted: Slurm splits at spaces.

@@ -30,17 +30,17 @@ def launch(config: LaunchConfig, command: Sequence[str], run_dir: Path) -> int:
     faults = check(config)
     if faults:
         raise ConfigError(faults)
-    command = [*config.prefix, *command]
+    prefixed = [*config.prefix, *command]
     run_dir = Path(run_dir)
     log_dir = Path(config.log_dir) if config.log_dir else run_dir / "logs"
     match config.launcher:
         case Launcher.local:
-            return _local(config, command, run_dir, log_dir)
+            return _local(config, prefixed, run_dir, log_dir)
         case Launcher.hosts:
-            return _hosts(config, command, run_dir, log_dir)
+            return _hosts(config, prefixed, run_dir, log_dir)
         case Launcher.slurm:
             name = run_dir.absolute().name
-            return slurm.submit(config, [slurm.Job(name, command, run_dir)], name=name, folder=log_dir)
+            return slurm.submit(config, [slurm.Job(name, list(command), run_dir)], name=name, folder=log_dir)
 
 
 def rank_count(config: LaunchConfig, gpus: int | None = None) -> int:

@@ -38,7 +38,7 @@ from launch.config import (
 from launch.words import to_words
 
 SUBMIT_TIMEOUT_S = 120.0
-SCRIPT = "job.sbatch"
+SCRIPT, AFTERWARD = "job.sbatch", "summary.sbatch"
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,8 @@ def _array(name: str, words: Sequence[str]) -> list[str]:
 def _word(text: str) -> str:
     """A word of a bash script; in double quotes where single ones would look as if an expansion was meant."""
     if not re.search(r"['$`]", text):
-        return shlex.quote(text)
+        # A comma between words of an array looks as if it was to separate them.
+        return f"'{text}'" if "," in text else shlex.quote(text)
     escaped = re.sub(r'[\\"$`]', r"\\\g<0>", text)
     return f'"{escaped}"'
 
@@ -174,16 +175,20 @@ def _quoted_path(path: Path, what: str) -> str:
     return f'"{text}"' if re.search(r"[^\w./%-]", text) else text
 
 
-def submit(config: LaunchConfig, jobs: Sequence[Job], *, name: str, folder: Path) -> int:
+def submit(config: LaunchConfig, jobs: Sequence[Job], *, name: str, folder: Path, afterward: Sequence[str] = ()) -> int:
     """Write the script of `jobs` into `folder` and hand it to sbatch; with dry_run, print it. Returns an exit code.
 
-    Raises ConfigError when sbatch is not here or does not take the job.
+    afterward: a command that a job of its own runs on one core when all jobs have ended, well or not. Prints the jobs'
+    number on standard output. Raises ConfigError when sbatch is not here or does not take the job.
     """
     pattern = "slurm-%A_%a.out" if len(jobs) > 1 else "slurm-%j.out"
-    output = Path(str(folder.absolute()).replace("%", "%%")) / pattern
+    output = Path(_literal(folder.absolute())) / pattern
     script = render(config, jobs, name=name, output=output, directory=Path.cwd())
+    last = _render_afterward(config, afterward, name=name, folder=folder) if afterward else ""
     if config.dry_run:
         print(script, end="")
+        if last:
+            print(f"# ------ and a second script, {AFTERWARD}, which waits for that job:\n{last}", end="")
         return 0
     if shutil.which("sbatch") is None:
         raise ConfigError(
@@ -192,11 +197,48 @@ def submit(config: LaunchConfig, jobs: Sequence[Job], *, name: str, folder: Path
     logs.make(folder)
     path = folder / SCRIPT
     path.write_text(script, encoding="utf-8")
+    number = _sbatch(path)
+    logs.say(f"job {number} is in the queue: {path}")
+    logs.say(
+        f"squeue --job={number}; scancel {number}; what it says: {folder}/slurm-{number}{'_*' * (len(jobs) > 1)}.out"
+    )
+    if last:
+        path = folder / AFTERWARD
+        path.write_text(last, encoding="utf-8")
+        logs.say(f"job {_sbatch(path, f'--dependency=afterany:{number}')} waits for it: {path}")
+    print(number)
+    return 0
+
+
+def _render_afterward(config: LaunchConfig, command: Sequence[str], *, name: str, folder: Path) -> str:
+    slurm = config.slurm
+    options = {
+        "job-name": re.sub(r"[^\w.-]", "_", f"{name}-summary"),
+        "chdir": _quoted_path(Path.cwd(), "the working folder"),
+        "output": _quoted_path(Path(_literal(folder.absolute())) / "slurm-summary-%j.out", "the run folder"),
+        "nodes": 1,
+        "ntasks": 1,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+    }
+    lines = [f"#SBATCH --{option}={value}" for option, value in options.items() if value != ""]
+    body = ["", *slurm.setup, *_array("command", command), '"${command[@]}"', ""]
+    return "\n".join(["#!/bin/bash", *lines, *body])
+
+
+def _literal(path: Path) -> str:
+    """A path in a file name pattern of Slurm's."""
+    return str(path).replace("%", "%%")
+
+
+def _sbatch(path: Path, *options: str) -> str:
+    """Hand a script over; the job's number."""
     # Variables of a job that this shell may itself be in would be taken for options of the new one.
     environment = {k: v for k, v in os.environ.items() if not re.match(r"SLURM_(?!CONF$)|SBATCH_", k)}
     try:
         done = subprocess.run(
-            ["sbatch", "--parsable", str(path)],
+            ["sbatch", "--parsable", *options, str(path)],
             capture_output=True,
             text=True,
             timeout=SUBMIT_TIMEOUT_S,
@@ -208,10 +250,4 @@ def submit(config: LaunchConfig, jobs: Sequence[Job], *, name: str, folder: Path
         ) from None
     if done.returncode:
         raise ConfigError([f"sbatch {path}: {line}" for line in done.stderr.strip().splitlines() or ["failed"]])
-    number = done.stdout.strip().partition(";")[0]  # a cluster's name may follow
-    logs.say(f"job {number} is in the queue: {path}")
-    logs.say(
-        f"squeue --job={number}; scancel {number}; what it says: {folder}/slurm-{number}{'_*' * (len(jobs) > 1)}.out"
-    )
-    print(number)
-    return 0
+    return done.stdout.strip().partition(";")[0]  # a cluster's name may follow

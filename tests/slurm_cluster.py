@@ -1,8 +1,8 @@
-"""A real Slurm on one machine: a controller and two nodes, in a network namespace of their own.
+"""A real Slurm on one machine: a controller and three nodes, in a network namespace of their own.
 
 Needs root and Debian's slurmctld, slurmd, slurm-client and munge; `missing()` says what is not there. Nothing of the
-machine's own configuration is read or written. Two partitions share both nodes: a job in `urgent` preempts one in
-`normal`, which is requeued after its grace time.
+machine's own configuration is read or written. Two partitions share nodes n1 and n2: a job in `urgent` preempts one in
+`normal`, which is requeued after its grace time. `quiet` has n3, where nobody is preempted.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ SlurmctldTimeout=120
 SlurmdTimeout=300
 NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port=7001 CPUs=1
 NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port=7002 CPUs=1
+NodeName=n3 NodeHostname=localhost NodeAddr=127.0.0.1 Port=7003 CPUs=2
 PartitionName=normal Nodes=n1,n2 Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=INFINITE State=UP
 PartitionName=urgent Nodes=n1,n2 PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
+PartitionName=quiet Nodes=n3 PriorityTier=1 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
 
@@ -83,7 +85,13 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), "GLOO_SOCKET_IFNAME": "lo"}
+        return {
+            **os.environ,
+            "PATH": PATH,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+        }
 
     def run(self, words: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
         """A command inside, as a user of the cluster would give it."""
@@ -138,7 +146,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         subprocess.run(["ip", "-n", space, "address", "add", "10.77.0.1/32", "dev", "lo"], check=True)
         files = [f"--{what}={folder}/munge.{end}" for what, end in MUNGE_FILES.items()]
         daemons = [["munged", "--foreground", "--force", *files], ["slurmctld", "-D"]]
-        daemons += [["slurmd", "-D", "-N", node] for node in ("n1", "n2")]
+        daemons += [["slurmd", "-D", "-N", node] for node in ("n1", "n2", "n3")]
         for words in daemons:
             with open(folder / "daemons.log", "ab") as log:
                 process = subprocess.Popen(
@@ -147,7 +155,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             started.append(process)
             if words[0] == "munged":
                 _until(lambda: (folder / "munge.socket").exists(), "munged", made)
-        _until(lambda: made.run(["sinfo", "-h", "-o", "%D %t"]).stdout.splitlines()[:1] == ["2 idle"], "nodes", made)
+        _until(lambda: made.run(["sinfo", "-h", "-N", "-o", "%N %t"]).stdout.split()[1::2] == IDLE, "nodes", made)
         yield made
     finally:
         for _ in range(3):  # what one process was about to start is found the next time
@@ -159,6 +167,8 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         for process in started:
             process.wait(30)
 
+
+IDLE = ["idle"] * 5  # a line for each node of each partition
 
 MUNGE_FILES = {
     "key-file": "key",

@@ -87,9 +87,7 @@ def launch_training(overrides: Sequence[str]) -> int:
 
     faults: list[str] = []
     launch_overrides, train_overrides = _split(overrides, launch_config.LaunchConfig)
-    how = _composed(faults, launch_config.LaunchConfig, launch_overrides, check=launch_config.check)
-    if _wants_cpu(train_overrides):
-        how.gpus = launch_config.Gpus.none
+    how = _launch_config(faults, launch_overrides, train_overrides)
     config = _train_config(faults, train_overrides, _ranks(faults, how))
     if faults:
         raise ConfigError(faults)
@@ -98,13 +96,12 @@ def launch_training(overrides: Sequence[str]) -> int:
 
 def sweep_training(overrides: Sequence[str]) -> int:
     """Every combination of comma-separated values is a trial with its own run folder under `out`."""
-    from launch.run import rank_count
     from launch.sweep import Trial, exit_code, sweep
 
     faults: list[str] = []
     sweep_overrides, rest = _split(overrides, SweepConfig)
     launch_overrides, rest = _split(rest, launch_config.LaunchConfig)
-    how = _composed(faults, launch_config.LaunchConfig, launch_overrides, check=launch_config.check)
+    how = _launch_config(faults, launch_overrides, rest)
     where = _composed(faults, SweepConfig, sweep_overrides)
     if not where.out:
         faults.append("out='': must name the sweep's folder; give out=runs/NAME")
@@ -112,9 +109,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
         faults.append(f"out={where.out}: is a file; give a folder")
     if any(o.startswith("run_dir=") for o in rest):
         faults.append("run_dir: each trial gets its own below out=; leave it out")
-    if _wants_cpu(rest):
-        how.gpus = launch_config.Gpus.none
-    ranks = rank_count(how)
+    ranks = _ranks(faults, how)
     axes = _axes(faults, rest)
     trials = []
     for combination in itertools.product(*axes):
@@ -125,16 +120,36 @@ def sweep_training(overrides: Sequence[str]) -> int:
         of_trial: list[str] = []
         _train_config(of_trial, trial, ranks)
         faults += [fault if len(swept) == 0 else f"{name}: {fault}" for fault in of_trial]
-        trials.append(Trial(name, train_command(trial), run_dir))
+        trials.append(Trial(name, train_command(trial, how.python), run_dir))
     if faults:
         raise ConfigError(faults)
-    results = sweep(trials, how)
+    if how.launcher is launch_config.Launcher.slurm and not where.summary_only:
+        return _sweep_by_slurm(how, where, trials, [*sweep_overrides, *rest])
+    results = [] if where.summary_only else sweep(trials, how)
     if how.dry_run:
         return 0
     from gpt2train.scaling import summarize
 
     code = int(summarize([t.run_dir for t in trials], Path(where.out)))
     return exit_code(results) or code
+
+
+def _sweep_by_slurm(
+    how: launch_config.LaunchConfig, where: SweepConfig, trials: Sequence[Any], overrides: Sequence[str]
+) -> int:
+    """An array job with a task for each trial, and a job behind it that writes the sweep's table and picture."""
+    from launch import slurm
+
+    name = Path(where.out).absolute().name
+    return int(
+        slurm.submit(
+            how,
+            [slurm.Job(t.name, t.command, t.run_dir) for t in trials],
+            name=name,
+            folder=Path(where.out) / "logs",
+            afterward=[sys.executable, "-m", "gpt2train", "sweep", *overrides, "summary_only=true"],
+        )
+    )
 
 
 def train_command(overrides: Sequence[str], python: str = "") -> list[str]:
@@ -200,6 +215,17 @@ def _composed(
         return schema()
 
 
+def _launch_config(
+    faults: list[str], overrides: Sequence[str], train_overrides: Sequence[str]
+) -> launch_config.LaunchConfig:
+    """The launch's own settings. Training on the CPU asks for no GPU."""
+    on_cpu = ["gpus=none"] if "device=cpu" in train_overrides else []
+    config: launch_config.LaunchConfig = _composed(
+        faults, launch_config.LaunchConfig, [*overrides, *on_cpu], check=launch_config.check
+    )
+    return config
+
+
 def _train_config(faults: list[str], overrides: Sequence[str], ranks: int) -> Any:
     try:
         return compose(
@@ -212,10 +238,6 @@ def _train_config(faults: list[str], overrides: Sequence[str], ranks: int) -> An
     except ConfigError as e:
         faults += e.faults
         return TrainConfig()
-
-
-def _wants_cpu(overrides: Sequence[str]) -> bool:
-    return "device=cpu" in overrides
 
 
 def _axes(faults: list[str], overrides: Sequence[str]) -> list[list[str]]:

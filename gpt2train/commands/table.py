@@ -52,12 +52,17 @@ COMMANDS: dict[str, Command] = {
         examples=("gpt2train train model=small data=corpus/tokens run_dir=runs/small steps=10000",),
     ),
     "launch": Command(
-        "starts `train` on all GPUs of this machine, or on n CPU processes",
+        "starts `train` on one machine, on several over ssh, or as a Slurm job; restarts what fails",
         "gpt2train.config:TrainConfig",
         "gpt2train.commands.joined:launch_training",
         groups="train",
         aliases=DATA,
-        examples=("gpt2train launch processes=2 model=nano data=corpus/tokens run_dir=runs/nano steps=300",),
+        examples=(
+            "gpt2train launch model=small data=corpus/tokens run_dir=runs/small steps=20000",
+            "gpt2train launch processes=2 device=cpu model=nano data=corpus/tokens run_dir=runs/nano steps=300",
+            "gpt2train launch launcher=hosts hosts.file=hosts.txt model=full data=tokens run_dir=runs/full steps=9000",
+            "gpt2train launch launcher=slurm slurm.nodes=4 processes=8 slurm.time=8:00:00 model=full …   dry_run=true",
+        ),
     ),
     "sweep": Command(
         "trains a ladder of sizes, or any settings, and tabulates loss over size",
