@@ -9,6 +9,7 @@ Measured on DeepSpeed 0.19.8. Internal names that are used here stand in this ro
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -97,6 +98,7 @@ def build(config: TrainConfig, world: World) -> Any:
         reset_positions=config.data.reset_positions,
     ).to(world.device)
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
+    _import_muon()
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures whatever the log level
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -117,6 +119,37 @@ def _skip_shared_memory_op() -> None:
     operations = vars(deepspeed.ops).setdefault("__compatible_ops__", {})
     if isinstance(operations, dict):
         operations["deepspeed_shm_comm"] = False
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon, whose types `initialize` and every reduction compare with, without compiling it.
+
+    It would compile three functions as it is imported, which takes all of torch's compiler in: about 2 CPU seconds of
+    every rank's start. Here they are compiled when they are first called, which is never unless it is the optimizer.
+    """
+    from deepspeed.runtime import compiler
+
+    at_once = compiler.compile
+
+    def later(*args: Any, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            compiled: list[Callable[..., Any]] = []
+
+            @functools.wraps(function)
+            def call(*inputs: Any, **more: Any) -> Any:
+                if not compiled:
+                    compiled.append(at_once(*args, **options)(function))
+                return compiled[0](*inputs, **more)
+
+            return call
+
+        return decorate
+
+    compiler.compile = later
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = at_once
 
 
 def state_tensors(engine: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:

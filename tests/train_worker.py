@@ -1,4 +1,4 @@
-"""One rank of a test run, started by training.py as its own process: runs jobs one after another in one start.
+"""One rank of a test run, its own process (see training.py): runs jobs one after another in one start.
 
     python train_worker.py jobs.json answers.json
 
@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def main() -> int:
+def main(jobs_file: str, answers_file: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
-    jobs = json.loads(Path(sys.argv[1]).read_text())
+    jobs = json.loads(Path(jobs_file).read_text())
     answers, code = [], 0
     for job in jobs:
         if "cut" in job:
@@ -30,7 +30,7 @@ def main() -> int:
             with poisoned(job.get("poison")):
                 code, message = run(job["train"])
         answers.append({"code": code, "message": message})
-        Path(f"{sys.argv[2]}.{rank}").write_text(json.dumps(answers))
+        Path(f"{answers_file}.{rank}").write_text(json.dumps(answers))
     return code
 
 
@@ -97,4 +97,4 @@ def cut(source: str, target: str, step: int, rank: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,30 +61,102 @@ def write_tokens(folder: Path, *, documents: int = 300, seed: int = 0) -> Path:
     return folder
 
 
-class Ranks:
-    """Processes of one start of a run, ranks 0 to n - 1, on this machine."""
+class RankServer:
+    """rank_server.py as a process of this one; forks a rank in some hundredths of a second instead of seconds."""
 
-    def __init__(self, folder: Path, jobs: Sequence[Mapping[str, Any]], ranks: int) -> None:
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks."))
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        with open(self.folder / "stderr", "wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(WORKER.with_name("rank_server.py")), str(self.folder)],
+                env=os.environ | one_thread | {"DS_ACCELERATOR": "cpu"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=WORKER.parent.parent,
+            )
+        self._number = 0
+
+    def fork(self, request: Mapping[str, Any]) -> ForkedRank:
+        self._number += 1
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({**request, "number": self._number}).encode() + b"\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline().split()
+        assert answer[:1] == [str(self._number).encode()], (self.folder / "stderr").read_text()
+        return ForkedRank(int(answer[1]), self.folder / f"exit.{self._number}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(30)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@functools.cache
+def rank_server() -> RankServer:
+    """One for all tests of this process."""
+    server = RankServer()
+    atexit.register(server.close)
+    return server
+
+
+class ForkedRank:
+    """What subprocess.Popen offers, for a child of the server."""
+
+    def __init__(self, pid: int, exit_file: Path) -> None:
+        self.pid, self._exit_file = pid, exit_file
+
+    def poll(self) -> int | None:
+        return int(self._exit_file.read_text()) if self._exit_file.exists() else None
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + (timeout if timeout is not None else float("inf"))
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("rank", timeout or 0)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class Ranks:
+    """Processes of one start of a run, ranks 0 to n - 1, on this machine; `fresh`: each imports all it needs itself."""
+
+    def __init__(self, folder: Path, jobs: Sequence[Mapping[str, Any]], ranks: int, *, fresh: bool = False) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps(list(jobs)))
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.processes = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         for rank in range(ranks):
             environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
             environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
             if ranks > 1:
                 environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
                 environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-            with open(folder / f"stderr.{rank}", "w") as output:
+            files = str(folder / "jobs.json"), str(folder / "answers.json")
+            output = folder / f"stderr.{rank}"
+            if not fresh:
+                request = {"jobs": files[0], "answers": files[1], "output": str(output), "environment": environment}
+                self.processes.append(rank_server().fork(request))
+                continue
+            with open(output, "w") as stream:
                 self.processes.append(
                     subprocess.Popen(
-                        [sys.executable, str(WORKER), str(folder / "jobs.json"), str(folder / "answers.json")],
+                        [sys.executable, str(WORKER), *files],
                         env=environment,
-                        stdout=output,
-                        stderr=output,
+                        stdout=stream,
+                        stderr=stream,
                         cwd=WORKER.parent.parent,
                     )
                 )
