@@ -6,6 +6,7 @@ deepspeed, so wrong settings are told at once.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 from gpt2train.config import (
@@ -117,7 +118,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         require(value >= 0, name, value, "must be 0 or more", "leave it out")
     require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
     require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
-    faults += _faults_of_extras(c)
+    faults += _faults_of_extras(c) + _faults_of_remote(c)
     require(
         c.distributed.timeout_s >= 1,
         "distributed.timeout_s",
@@ -125,6 +126,31 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         "must be at least 1 s",
         "give 600",
     )
+    return faults
+
+
+_REMOTES = {"s3": "s3fs", "gs": "gcsfs", "file": "fsspec"}
+"""What checkpoint.remote may start with, and the package that speaks it."""
+
+
+def _faults_of_remote(c: TrainConfig) -> list[str]:
+    """Faults of where checkpoints are copied to; a look at installed packages, no connection."""
+    faults = []
+    scheme, found, place = c.checkpoint.remote.partition("://")
+    if c.checkpoint.remote and (not found or scheme not in _REMOTES or not place.strip("/")):
+        faults.append(
+            f"checkpoint.remote={c.checkpoint.remote}: must be s3://bucket/NAME, gs://bucket/NAME or file:///path; "
+            f"for a folder give file://{Path(c.checkpoint.remote).absolute() if not found else '/mnt/NAME'}"
+        )
+    elif c.checkpoint.remote and importlib.util.find_spec(_REMOTES[scheme]) is None:
+        faults.append(
+            f"checkpoint.remote={c.checkpoint.remote}: {_REMOTES[scheme]} is not installed; pip install "
+            f"'gpt2train[{scheme}]'"
+        )
+    for name, least in (("remote_transfers", 1), ("remote_retry_s", 0), ("remote_wait_s", 0)):
+        value = getattr(c.checkpoint, name)
+        if value < least:
+            faults.append(f"checkpoint.{name}={value}: must be at least {least}; leave it out")
     return faults
 
 

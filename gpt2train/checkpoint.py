@@ -57,7 +57,7 @@ def folder_name(step: int) -> str:
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay when a newer one is published: those that any of the three rules names."""
+    """Which checkpoints stay when a newer one is published: those that any of the rules names."""
 
     last: int = 0
     """The newest ones; 0: all."""
@@ -65,6 +65,8 @@ class Keep:
     """Those of steps that are multiples of this; 0: none."""
     best: bool = False
     """The one whose state.json has the lowest `validation_loss`."""
+    spare: frozenset[int] = frozenset()
+    """Steps that are still needed, whatever the rules say."""
 
 
 @dataclass(frozen=True)
@@ -193,16 +195,13 @@ def _publish(
         _write(beside / STATE, content)
         _write(beside / MANIFEST, _json_bytes(manifest))
         _sync_folder(beside)
-        defects = _defects(beside, step=step)
-        if defects:
+        wrong = defects(beside, step=step)
+        if wrong:
             raise CheckpointError(
-                f"{beside}: was not stored as written ({'; '.join(defects)}); check the disk, and that run_dir is on "
+                f"{beside}: was not stored as written ({'; '.join(wrong)}); check the disk, and that run_dir is on "
                 f"one filesystem for all ranks; earlier checkpoints are intact"
             )
-        if place.exists():  # a torn one of this step, or it would have been resumed from
-            os.rename(place, place.with_name(f".{place.name}.torn"))
-        os.rename(beside, place)
-        _sync_folder(place.parent)
+        publish(beside, place)
         if keep.last:
             _prune(place, keep)
     except OSError as error:
@@ -210,17 +209,37 @@ def _publish(
     return 0
 
 
+def publish(beside: Path, place: Path) -> None:
+    """One rename, on the disk when this returns."""
+    if place.exists():  # a torn one of this step, or it would have been resumed from
+        os.rename(place, place.with_name(f".{place.name}.torn"))
+    os.rename(beside, place)
+    _sync_folder(place.parent)
+
+
 def _prune(newest: Path, keep: Keep) -> None:
     """Removes checkpoints before `newest` that `keep` does not name; renamed first, so none is half there."""
-    older = [path for path in checkpoint_folders(newest.parent.parent) if path.name < newest.name]
-    losses = {path: loss for path in (*older, newest) if (loss := _validation_loss(path)) is not None}
-    best = min(losses, key=lambda path: losses[path], default=None) if keep.best else None
-    for path in older[: max(len(older) - (keep.last - 1), 0)]:
-        if path == best or (keep.every_steps and int(path.name[5:]) % keep.every_steps == 0):
-            continue
+    folders = {int(path.name[5:]): path for path in checkpoint_folders(newest.parent.parent)}
+    step = int(newest.name[5:])
+    losses = {at: _validation_loss(path) for at, path in folders.items() if keep.best}
+    for at in superfluous([at for at in folders if at <= step], losses, keep):
+        path = folders[at]
         aside = path.with_name(f".{path.name}.pruned")
         os.rename(path, aside)
         shutil.rmtree(aside)
+
+
+def superfluous(steps: Iterable[int], losses: Mapping[int, float | None], keep: Keep) -> list[int]:
+    """Those of `steps` that `keep` does not name; `losses` are the validation losses of those that have one."""
+    by_age = sorted(steps)
+    known = {step: loss for step, loss in losses.items() if loss is not None and step in by_age}
+    best = min(known, key=lambda step: known[step], default=None) if keep.best else None
+    older = by_age[: -keep.last] if keep.last else []
+    return [
+        step
+        for step in older
+        if step != best and step not in keep.spare and not (keep.every_steps and step % keep.every_steps == 0)
+    ]
 
 
 def _validation_loss(checkpoint: Path) -> float | None:
@@ -274,11 +293,11 @@ def newest_whole(run_dir: Path, *, multiples_of: int = 1) -> Path | None:
     for folder in reversed(checkpoint_folders(run_dir)):
         if int(folder.name[5:]) % multiples_of:
             continue
-        defects = _defects(folder)
-        if not defects:
+        wrong = defects(folder)
+        if not wrong:
             return folder
-        torn.append(f"{folder.name}: {'; '.join(defects)}")
-        _log.warning("%s is not whole and is passed over: %s", folder, "; ".join(defects))
+        torn.append(f"{folder.name}: {'; '.join(wrong)}")
+        _log.warning("%s is not whole and is passed over: %s", folder, "; ".join(wrong))
     if torn:
         raise CheckpointError(
             f"{Path(run_dir) / CHECKPOINTS}: no checkpoint is whole ({' | '.join(torn)}); restore one, or start from "
@@ -294,9 +313,9 @@ def resolve(run: str | Path) -> Path:
     """
     path = Path(run)
     if (path / MANIFEST).exists() or path.parent.name == CHECKPOINTS:
-        defects = _defects(path)
-        if defects:
-            raise CheckpointError(f"{path}: {'; '.join(defects)}; give another checkpoint or the run's folder")
+        wrong = defects(path)
+        if wrong:
+            raise CheckpointError(f"{path}: {'; '.join(wrong)}; give another checkpoint or the run's folder")
         return path
     found = newest_whole(path)
     if found is None:
@@ -371,7 +390,7 @@ class _Tensors:
 # -------------------------------------------------------------------------------------------------------- verifying
 
 
-def _defects(folder: Path, *, step: int | None = None) -> list[str]:
+def defects(folder: Path, *, step: int | None = None) -> list[str]:
     """What is wrong with a checkpoint, one entry each; empty when every byte is as written.
 
     `step` is the step that it must be of; by default its folder's name says so.

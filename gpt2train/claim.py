@@ -18,7 +18,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +40,7 @@ from gpt2train.run_folder import (
     METRICS,
     PROFILE,
     REPORT,
+    RUN,
     TENSORBOARD,
     VERSIONS,
     checkpoint_folders,
@@ -47,9 +48,10 @@ from gpt2train.run_folder import (
     read_run_config,
     replace_file,
 )
+from gpt2train.saving.remote import Remote
 
 PACKAGES = ("gpt2train", "torch", "deepspeed", "numpy", "safetensors", "hydra-core", "wandb", "tiktoken")
-RUN, LOCK, LOGS, WANDB = "run.json", ".lock", "logs", "wandb"
+LOCK, LOGS, WANDB = ".lock", "logs", "wandb"
 FORMAT = "gpt2train run"
 _DISCARDED = ".discarded"
 _OURS = {
@@ -108,6 +110,7 @@ def lock(run_dir: Path) -> Iterator[None]:
 
     Raises RunInUseError when another process owns it and ConfigError when the folder cannot be made or written.
     """
+    made = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -124,6 +127,8 @@ def lock(run_dir: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if made and [path.name for path in run_dir.iterdir()] == [LOCK]:  # refused: nothing was begun
+            shutil.rmtree(run_dir, ignore_errors=True)
         os.close(descriptor)
 
 
@@ -206,6 +211,8 @@ class Run:
     claim: Claim | None
     """On rank 0 alone."""
     evaluates: bool
+    remote: Remote | None = None
+    """Where checkpoints are copied to, on rank 0 alone."""
 
     def tell(self, line: str) -> None:
         """One line for people, from rank 0."""
@@ -213,21 +220,30 @@ class Run:
             print(line, file=sys.stderr, flush=True)
 
 
-def open_run(config: TrainConfig, world: World, held: contextlib.ExitStack) -> Run:
-    """Locks the run folder, verifies the data, finds the checkpoint; on rank 0, and all ranks follow."""
+def open_run(
+    config: TrainConfig, world: World, held: contextlib.ExitStack, *, alive: Callable[[], None] = lambda: None
+) -> Run:
+    """Locks the run folder, verifies the data, finds the checkpoint; on rank 0, and all ranks follow.
+
+    `alive` is called at the start and whenever rank 0 has said that it is still at it.
+    """
+    alive()
     folder = Path(config.run_dir)
-    found: list[tuple[Claim, TokenShards]] = []
+    found: list[tuple[Claim, TokenShards, Remote | None]] = []
 
     def decide() -> int:
-        held.enter_context(lock(folder))
-        refuse_other_folder(folder)
+        remote = Remote(config.checkpoint) if config.checkpoint.remote else None
         shards = TokenShards.open(config.data.path, verify=config.data.verify)
         _check_data(config, shards)
         wanted = identity(config, shards.fingerprint)
+        held.enter_context(lock(folder))
+        refuse_other_folder(folder)
         if config.overwrite and not restarted():
+            if remote is not None:
+                remote.discard()
             discard(folder)
+        newest = _newest(folder, remote)
         claimed = claim(folder, wanted)
-        newest = checkpoint.newest_whole(folder)
         step = -1
         if newest is not None:
             state = checkpoint.read_state(newest)
@@ -235,11 +251,12 @@ def open_run(config: TrainConfig, world: World, held: contextlib.ExitStack) -> R
             stands = {f"model.{name}": value for name, value in state["model"].items()}
             refuse_changes(folder, wanted, stands | state.get("identity", {}))
         refuse_lost_checkpoints(claimed, step)
-        found.append((claimed, shards))
+        found.append((claimed, shards, remote))
         return step
 
-    step = on_rank_zero(world, decide)
-    claimed, shards = found[0] if found else (None, TokenShards.open(config.data.path, verify=False))
+    # Hashes of many gigabytes, or fetching them, may take longer than the others would wait in silence.
+    step = on_rank_zero(world, decide, beat_s=config.distributed.timeout_s / 4, alive=alive)
+    claimed, shards, remote = found[0] if found else (None, TokenShards.open(config.data.path, verify=False), None)
     validation_windows = len(TokenWindows(shards.split("validation"), config.model.context))
     run = Run(
         folder,
@@ -249,6 +266,7 @@ def open_run(config: TrainConfig, world: World, held: contextlib.ExitStack) -> R
         start_from=folder / CHECKPOINTS / checkpoint.folder_name(step) if step >= 0 else None,
         claim=claimed,
         evaluates=config.evaluate.every_steps > 0 and validation_windows > 0,
+        remote=remote,
     )
     if run.start_step < config.steps and claimed is not None:
         if run.start_from is not None:
@@ -260,6 +278,26 @@ def open_run(config: TrainConfig, world: World, held: contextlib.ExitStack) -> R
         claimed.record()
         _write_records(config, folder, shards, world)
     return run
+
+
+def _newest(folder: Path, remote: Remote | None) -> Path | None:
+    """The newest whole checkpoint here and, where one of a later step is there, in other storage: that comes here."""
+    if remote is None:
+        return checkpoint.newest_whole(folder)
+    torn: CheckpointError | None = None
+    newest = None
+    try:
+        newest = checkpoint.newest_whole(folder)
+    except CheckpointError as error:
+        torn = error
+    here = int(newest.name[5:]) if newest is not None else -1
+    step = remote.fetch(folder, newer_than=here)
+    if step is not None:
+        print(f"fetched the checkpoint of step {step} from {remote.address}", file=sys.stderr, flush=True)
+        return folder / CHECKPOINTS / checkpoint.folder_name(step)
+    if torn is not None:
+        raise torn
+    return newest
 
 
 def _check_data(config: TrainConfig, shards: TokenShards) -> None:

@@ -8,6 +8,7 @@ what a model size or a recipe changes.
     ├── ConfigError               2   settings that cannot work; all of them, together
     ├── RunExistsError            2   starting from nothing over an existing run, without the explicit word
     ├── RunInUseError             3   another process owns the run folder
+    ├── RemoteError               4   the last checkpoint could not be copied to checkpoint.remote; it is intact here
     ├── CheckpointError           5   no whole checkpoint where one was asked for
     ├── NonFiniteError            6   a loss or gradient is not finite; the update was not made
     └── PeerError                 7   a rank died or stopped; the cause is named
@@ -54,6 +55,10 @@ class RunExistsError(GPT2TrainError):
 
 class RunInUseError(GPT2TrainError):
     exit_code = 3
+
+
+class RemoteError(GPT2TrainError):
+    exit_code = 4
 
 
 class CheckpointError(GPT2TrainError):
@@ -208,6 +213,18 @@ class CheckpointConfig:
     background: bool = True
     """Training waits only for the copy into the machine's memory; a thread writes, verifies and publishes. Takes room
     for this rank's share of 12 bytes a parameter."""
+    remote: str = ""
+    """A place in other storage that each published checkpoint is copied to, with the run's records: s3://bucket/NAME,
+    gs://bucket/NAME (`pip install 'gpt2train[s3]'` or `[gs]`) or file:///path. A start takes the newest whole
+    checkpoint of both, so a run goes on on an empty machine; the rules above hold there too. A copy that fails is told
+    and tried again, and training goes on. Empty: none."""
+    remote_transfers: int = 4
+    """Files on their way at once."""
+    remote_retry_s: float = 60.0
+    """A request that fails is tried again for this long, in seconds, before it is told."""
+    remote_wait_s: float = 600.0
+    """What is still being copied when a run ends is waited for this long, in seconds; then a run that is complete ends
+    with code 4, and the same command copies what is missing."""
 
 
 @dataclass

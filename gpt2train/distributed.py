@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -123,22 +124,39 @@ def all_rows(world: World, row: bytes) -> list[bytes]:
     return [bytes(other.tolist()) for other in rows]
 
 
-def on_rank_zero(world: World, work: Callable[[], int]) -> int:
+_AT_WORK = -1
+"""Said by rank 0 in place of an exit code while its work goes on."""
+
+
+def on_rank_zero(
+    world: World, work: Callable[[], int], *, beat_s: float | None = None, alive: Callable[[], None] = lambda: None
+) -> int:
     """Runs `work` on rank 0 and gives its whole number to all ranks.
 
     Where it raises, rank 0 raises that error and the others a GPT2TrainError with its exit code, so that all leave.
+    With `beat_s`, the work may take longer than the time limit of a collective: a thread does it, and rank 0 says every
+    so many seconds that it is there; each rank calls `alive` then.
     """
     outcome, error = [0, 0], None
+
+    def tell(outcome: list[int]) -> list[int]:
+        alive()
+        if world.size == 1:
+            return outcome
+        numbers = torch.tensor(outcome, dtype=torch.int64, device=world.device)
+        dist.broadcast(numbers, src=0, group=world.group)
+        return [int(number) for number in numbers.tolist()]
+
     if world.rank == 0:
         try:
-            outcome = [0, work()]
+            outcome = [0, _with_beats(work, beat_s, lambda: tell([_AT_WORK, 0])) if beat_s else work()]
         except Exception as raised:
             error = raised
             outcome = [getattr(raised, "exit_code", 1), 0]
-    if world.size > 1:
-        numbers = torch.tensor(outcome, dtype=torch.int64, device=world.device)
-        dist.broadcast(numbers, src=0, group=world.group)
-        outcome = [int(number) for number in numbers.tolist()]
+        tell(outcome)
+    else:
+        while (outcome := tell(outcome))[0] == _AT_WORK:
+            pass
     if error is not None:
         raise error
     if outcome[0]:
@@ -146,6 +164,15 @@ def on_rank_zero(world: World, work: Callable[[], int]) -> int:
         follower.exit_code = outcome[0]
         raise follower
     return outcome[1]
+
+
+def _with_beats(work: Callable[[], int], beat_s: float, beat: Callable[[], object]) -> int:
+    with ThreadPoolExecutor(1, thread_name_prefix="rank-zero") as pool:
+        doing = pool.submit(work)
+        while not doing.done():
+            if not wait([doing], beat_s).done:
+                beat()
+        return doing.result()
 
 
 # What torch's backends say when a peer is gone or silent: Gloo raises plain RuntimeError, NCCL DistBackendError.

@@ -22,6 +22,8 @@ from gpt2train.config import ConfigError, TrainConfig
 
 CONFIG = "config.yaml"
 """The resolved settings."""
+RUN = "run.json"
+"""The run's id, what may not change while it goes on, and the step of its newest checkpoint."""
 METRICS = "metrics.jsonl"
 """One JSON object a line: a step's (`step`, `loss`, …) or an evaluation's (`step`, `validation_loss`)."""
 VERSIONS = "versions.json"

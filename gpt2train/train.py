@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import FrameType
 from typing import Any
 
@@ -33,6 +33,7 @@ from gpt2train.config import (
     FaultAction,
     GPT2TrainError,
     NonFiniteError,
+    RemoteError,
     TrainConfig,
     flops_per_token,
     micro_batch,
@@ -46,6 +47,7 @@ from gpt2train.metrics import Reporter
 from gpt2train.observe import Profile, layer_norms, sample_text
 from gpt2train.optim import learning_rate, set_learning_rate, warmup_steps
 from gpt2train.run_folder import CHECKPOINTS
+from gpt2train.saving.remote import Uploader, unsent
 from gpt2train.saving.saver import Saver
 
 NAMED_DOCUMENTS = 20
@@ -63,8 +65,10 @@ def train(config: TrainConfig) -> int:
     with _StopSignal() as stop, contextlib.ExitStack() as held:
         world = distributed.start(config.device, config.distributed.timeout_s)
         doing = ["start"]
+        watchdog = distributed.Watchdog(world, config.distributed.timeout_s)
+        held.callback(watchdog.close)
         try:
-            return _train(config, world, stop, doing, held)
+            return _train(config, world, stop, doing, held, watchdog)
         except torch.cuda.OutOfMemoryError as error:
             micro = micro_batch(config, world.size)
             raise GPT2TrainError(
@@ -79,11 +83,21 @@ def train(config: TrainConfig) -> int:
             raise peer from error
 
 
-def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str], held: contextlib.ExitStack) -> int:
+def _train(
+    config: TrainConfig,
+    world: World,
+    stop: _StopSignal,
+    doing: list[str],
+    held: contextlib.ExitStack,
+    watchdog: distributed.Watchdog,
+) -> int:
     # What stands in the run folder, and whether there is anything to do
-    run = claim.open_run(config, world, held)
+    run = claim.open_run(config, world, held, alive=lambda: watchdog.watch("opening the run"))
     if run.start_step >= config.steps:
         run.tell(f"{run.folder}: complete at step {run.start_step}; nothing to do for steps={config.steps}")
+        if run.remote is not None and (missing := unsent(run.remote, run.folder)) is not None:
+            run.remote.send(run.folder, missing, _kept(config))
+            run.tell(f"copied the checkpoint of step {missing} to {run.remote.address}")
         return 0
 
     # Data, model, checkpoint
@@ -91,13 +105,19 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
     order = BatchOrder(config.seed, len(windows), config.batch.sequences)
     micro = micro_batch(config, world.size)
     _set_determinism(config, world)
+    watchdog.watch("building the model")
     model = engine.build(config, world)
     guard = engine.Guard(model)
     rule = FaultRule(config.faults)
     if run.start_from is not None:
         rule.restore(checkpoint.read_state(run.start_from))
         with checkpoint.Reader(run.start_from) as read:
-            engine.load_state_tensors(model, read, rule.updates(run.start_step))
+
+            def watched(name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                watchdog.watch(f"loading {name}")
+                return read(name)
+
+            engine.load_state_tensors(model, watched, rule.updates(run.start_step))
     for line in batch_arithmetic(config, world.size, len(windows)):
         run.tell(line)
     reporter = Reporter(
@@ -110,7 +130,10 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
     )
     profile = Profile(config, active=world.rank == 0)
     saver = Saver(world, background=config.checkpoint.background)
-    watchdog = distributed.Watchdog(world, config.distributed.timeout_s)
+    uploader = Uploader(run.remote, run.folder, run.tell) if run.remote is not None else None
+    if uploader is not None and run.start_from is not None:
+        uploader.offer(run.start_step, _kept(config))  # what the start before could not copy; at once done if it did
+    watchdog.rest()
     reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
 
     def read_ahead(step: int) -> Future[list[tuple[int, torch.Tensor]]]:
@@ -208,20 +231,26 @@ def _train(config: TrainConfig, world: World, stop: _StopSignal, doing: list[str
                 reporter.evaluation(step=step, validation_loss=measured, sample=_sample(config, world, model))
             if last or _due(step, config.checkpoint.every_steps):
                 doing[0] = f"checkpoint of step {step}"
-                _save(config, run, model, saver, reporter, rule, step, measured)
+                _save(config, run, model, saver, uploader, reporter, rule, step, measured)
             if last:
                 saver.wait()
             if stopping and step < config.steps:
                 reporter.tell(f"stopped by a signal after step {step}, saved; the same command goes on from there")
+                _copied(config, uploader, step)
                 return REQUEUE_EXIT_CODE
             reporter.start_clock()
         reporter.tell(f"{run.folder}: complete at step {config.steps}")
+        if not _copied(config, uploader, step):
+            raise RemoteError(
+                f"checkpoint.remote={config.checkpoint.remote}: the checkpoint of step {step} is not there; it is "
+                f"intact in {run.folder}, and the same command copies it"
+            )
         return 0
     finally:
         # A collective's error means that a rank is gone: its part of a save would be waited for in vain.
         if not isinstance(sys.exc_info()[1], RuntimeError):
             saver.close()
-        watchdog.close()
+        watchdog.rest()
         reader.shutdown(wait=False, cancel_futures=True)
         profile.close()
         reporter.close()
@@ -267,6 +296,7 @@ def _save(
     run: claim.Run,
     model: Any,
     saver: Saver,
+    uploader: Uploader | None,
     reporter: Reporter,
     rule: FaultRule,
     step: int,
@@ -305,17 +335,29 @@ def _save(
             "precision": config.precision.value,
         },
     }
-    kept = config.checkpoint
-    keep = checkpoint.Keep(last=kept.keep_last, every_steps=kept.keep_every_steps, best=kept.keep_best)
 
     def work(world: World) -> None:
         reporter.sync()
+        # Read where rank 0 prunes: what is on its way to other storage stays until it is there.
+        keep = replace(_kept(config), spare=uploader.needed if uploader is not None else frozenset())
         checkpoint.write(run.folder, step, captured, state, world=world, keep=keep)
         if run.claim is not None:
             run.claim.published = step
             run.claim.record()
+        if uploader is not None:
+            uploader.offer(step, _kept(config))
 
     saver.start(work)
+
+
+def _kept(config: TrainConfig) -> checkpoint.Keep:
+    c = config.checkpoint
+    return checkpoint.Keep(last=c.keep_last, every_steps=c.keep_every_steps, best=c.keep_best)
+
+
+def _copied(config: TrainConfig, uploader: Uploader | None, step: int) -> bool:
+    """Whether the checkpoint of `step`, the run's last, is in the other storage; waits for it."""
+    return uploader is None or uploader.finish(step, config.checkpoint.remote_wait_s)
 
 
 def _rewind(

@@ -3,9 +3,9 @@
     python train_worker.py jobs.json answers.json
 
 A job is {"train": {dotted setting: value}}, or {"cut": [from, to, step]}: copy a run folder without its checkpoints
-after `step`. With "poison": {"kind": …, "rows": [tokens of a sequence]} the loss or the gradient of any forward pass
-over such a sequence is spoilt, as a broken text or a broken chip would. Rank r writes the exit codes and messages of
-its jobs to `answers.json.r`.
+after `step`, or {"loop": {…}} (see deepspeed_loop.py). With "poison": {"kind": …, "rows": [tokens of a sequence]} the
+loss or the gradient of any forward pass over such a sequence is spoilt, as a broken text or a broken chip would. Rank r
+writes the exit codes and messages of its jobs to `answers.json.r`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import deepspeed_loop
+
 
 def main(jobs_file: str, answers_file: str) -> int:
     rank = int(os.environ.get("RANK", "0"))
@@ -26,6 +28,8 @@ def main(jobs_file: str, answers_file: str) -> int:
     for job in jobs:
         if "cut" in job:
             code, message = cut(*job["cut"], rank), ""
+        elif "loop" in job:
+            code, message = deepspeed_loop.run(job["loop"]), ""
         else:
             with poisoned(job.get("poison")):
                 code, message = run(job["train"])

@@ -1,4 +1,6 @@
 """Checkpoints on their way to where they are kept.
 
-saver       beside the training, one at a time, in a thread
+saver   beside the training, one at a time, in a thread
+remote  to other storage, and back on an empty machine
+    bucket  one place in other storage, with retries
 """
