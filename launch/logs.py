@@ -1,9 +1,10 @@
 """The folder of a launch's logs: one launch at a time, one sub-folder for each attempt that is over.
 
+launch.log        what the launches in this folder have said, with the time: attempts, failures, restarts
 rank_N.log        all that rank N printed in this attempt (or the last one)
 starter.log       what torchrun or the deepspeed launcher said; starter_K.log on host K of several
 host_NAME.log     what ssh or srun, and the host itself, said beside
-attempt_0001/ …   the same files of attempts before, oldest first; `keep` of them stay
+attempt_0001/ …   the last four of attempts before, oldest first; `keep` of these folders stay
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launch.config import ConfigError, LaunchError
@@ -21,6 +23,7 @@ from launch.config import ConfigError, LaunchError
 LAST_LINES = 20
 LAST_BYTES = 1 << 16
 ATTEMPT = "attempt_"
+JOURNAL = "launch.log"
 _ROTATED = ("rank_*.log", "rank_*.started", "rank_*.ended", "starter*.log", "host_*.log")
 
 
@@ -44,7 +47,11 @@ def own(log_dir: Path) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise LaunchError(f"{log_dir}: another launch is running there; wait for it, or stop it") from None
-        yield
+        _journals.append(log_dir / JOURNAL)
+        try:
+            yield
+        finally:
+            _journals.pop()
 
 
 def rotate(log_dir: Path, *, keep: int, ranks: Iterable[int] | None = None) -> None:
@@ -82,15 +89,37 @@ def last_lines(log: Path, count: int = LAST_LINES) -> list[str]:
         return []
 
 
-def quote(lines: list[str]) -> None:
-    """Lines on standard error, indented."""
-    if lines:
-        print("\n".join(f"    {line}" for line in lines), file=sys.stderr, flush=True)
+_journals: list[Path] = []
+"""Of the log folder that this process owns."""
+
+
+def quote(lines: Sequence[str]) -> None:
+    """Lines for people, indented."""
+    _print("", [f"    {line}" for line in lines])
 
 
 def say(line: str) -> None:
-    """One line of the launcher's for people."""
-    print(f"launch: {line}", file=sys.stderr, flush=True)
+    """One line of the launcher's for people: on standard error, and in the journal of the folder that it owns."""
+    _print("launch: ", [line])
+
+
+def note(line: str) -> None:
+    """One line for the journal alone."""
+    _write_down([line])
+
+
+def _print(start: str, lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"{start}{line}", file=sys.stderr, flush=True)
+    _write_down(lines)
+
+
+def _write_down(lines: Sequence[str]) -> None:
+    if _journals:
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        # A full disk ends the run soon enough, with its own message.
+        with contextlib.suppress(OSError), open(_journals[-1], "a", encoding="utf-8") as f:
+            f.writelines(f"{now} {line}\n" for line in lines)
 
 
 class Tail:

@@ -103,7 +103,7 @@ def conclude(
     if missing and not (told and not any_started):
         name, lines = starter
         say(f"rank {missing[0]} of {world_size} was not started or has left no exit code; from {name}:")
-        quote(list(lines))
+        quote(lines)
         return Outcome(1, told=told is not None, last_line=(list(lines) or [""])[-1])
     if missing or any(end.code != 0 for end in ended.values()):
         say("stopped as told; the same command goes on from the newest checkpoint")

@@ -6,6 +6,7 @@ Whatever can be known beforehand (settings, hosts, GPUs, a busy port) is told be
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ def _local(config: LaunchConfig, command: Sequence[str], run_dir: Path, log_dir:
         )
 
     with logs.own(log_dir), stop_signals() as received:
+        logs.note(f"launch of {processes} processes: {shlex.join(command)}")
         return run_attempts(
             attempt,
             run_dir=run_dir,
@@ -99,6 +101,8 @@ def _hosts(config: LaunchConfig, command: Sequence[str], run_dir: Path, log_dir:
     before = signal.signal(signal.SIGTSTP, signal.SIG_IGN)
     try:
         with logs.own(log_dir), stop_signals() as received:
+            where = ", ".join(f"{m.name} ({n})" for m, n in zip(machines, slots, strict=True))
+            logs.note(f"launch of {sum(slots)} processes on {where}: {shlex.join(command)}")
 
             def attempt(number: int) -> Outcome:
                 logs.rotate(log_dir, keep=config.keep_attempts)

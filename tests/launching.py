@@ -27,9 +27,9 @@ note.with_suffix(".part").rename(note)
 print("hello from rank", os.environ["RANK"], "ü", flush=True)
 if what == "quick":
     sys.exit(0)
-if what.startswith("fail:") and os.environ["RANK"] == "1":
+if what.startswith("all:") or what.startswith("fail:") and os.environ["RANK"] == "1":
     print("the cause of it", flush=True)
-    sys.exit(int(what[5:]))
+    sys.exit(int(what.partition(":")[2]))
 for _ in range(1200):
     if told:
         print("saved after", signal.Signals(told[0]).name, flush=True)

@@ -325,7 +325,7 @@ def test_what_is_told_to_stop_goes_back_into_the_queue(
     assert nobody_left(place, 5)
 
 
-@pytest.mark.parametrize(("what", "code"), [("quick", 0), ("fail:2", 2)])
+@pytest.mark.parametrize(("what", "code"), [("quick", 0), ("all:2", 2)])
 def test_a_job_that_ends_by_itself_stays_ended(place: Path, what: str, code: int) -> None:
     (place / "state").write_text("RUNNING")
     job = start_script(place, what)
