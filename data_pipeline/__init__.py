@@ -15,6 +15,7 @@ The rooms:
     what_if        other thresholds on the numbers that a corpus stores → what would change
     forget         domains and URLs to take down → who they are in a corpus, and what is left of them
     layout         where each file of a corpus lies
+    storage/       a corpus, or its inputs, in a bucket: s3://, gs://
     store          atomic files, hashes, markers, the lock
     executors      shard tasks on this machine's cores
     ray_executor   shard tasks on a Ray cluster

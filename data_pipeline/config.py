@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from enum import Enum
 
+from data_pipeline.storage.address import address_fault, is_address, shown
+
 STAGES = ("urls", "fetch", "extract", "filter", "dedup", "decontaminate", "tokenize")
 
 
@@ -263,6 +265,20 @@ class TokenizeConfig:
 
 
 @dataclass
+class StorageConfig:
+    """For `out=s3://…` and for inputs in a bucket; see docs/storage.md."""
+
+    transfers: int = 8
+    """Files on their way at once."""
+    sync_every_s: float = 120.0
+    """How often what the fetch has added so far is stored, in seconds: so much of it a lost machine costs at most."""
+    lease_s: float = 60.0
+    """A run that was not heard of for this long, in seconds, may be taken over by another machine."""
+    retry_s: float = 300.0
+    """A request that fails is tried again for this long, in seconds; then the run ends with code 4."""
+
+
+@dataclass
 class CorpusReportConfig:
     domains: str = ""
     """A list of domains to compare the corpus with, one a line, most frequent first, with or without a count (OpenAI's
@@ -293,7 +309,10 @@ class CorpusConfig:
     urls: str = ""
     """URL list for source=urls: .txt, .csv, .tsv, .jsonl, .parquet (also .gz, .xz, .zst), or a folder of them."""
     out: str = "corpus"
-    """Folder of the corpus; run again with the same folder to go on."""
+    """Folder of the corpus, or its place in a bucket (s3://bucket/corpus, gs://…); run again with the same to go on."""
+    work: str = ""
+    """Folder for local copies where `out` or an input lies in a bucket; empty: gpt2train/ in the user's cache folder.
+    executor=ray needs it on storage that all machines share."""
     source: Source = Source.urls
     """Where the documents come from: a URL list, WARC files, or a dataset of texts."""
     path: str = ""
@@ -326,6 +345,7 @@ class CorpusConfig:
     documents: DocumentsConfig = field(default_factory=DocumentsConfig)
     tokenize: TokenizeConfig = field(default_factory=TokenizeConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     report: CorpusReportConfig = field(default_factory=CorpusReportConfig)
     what_if: list[str] = field(default_factory=list)
     """Settings to try on the numbers that the corpus `out` stores, such as [quality.min_words=400]: prints what would
@@ -338,6 +358,17 @@ class CorpusConfig:
     """With `forget`: blank the responses in the corpus's own WARC files, too. Offsets of all others stay."""
     runs: list[str] = field(default_factory=list)
     """With `forget`: folders of training runs; lists the steps that saw what is removed."""
+
+
+def addresses(config: CorpusConfig) -> list[tuple[str, str]]:
+    """(setting, value) of all settings that may be an address, those that are one alone."""
+    c = config
+    single = [("urls", c.urls), ("out", c.out), ("path", c.path), ("forget", c.forget)]
+    single += [("url_list.blocked_domains_file", c.url_list.blocked_domains_file)]
+    single += [("fetch.hosts_file", c.fetch.hosts_file), ("fetch.rescue", c.fetch.rescue)]
+    single += [("quality.blocked_words_file", c.quality.blocked_words_file), ("report.domains", c.report.domains)]
+    many = [("dedup.against", v) for v in c.dedup.against] + [("decontaminate.paths", v) for v in c.decontaminate.paths]
+    return [(name, value) for name, value in (*single, *many) if "://" in value]
 
 
 def check(config: CorpusConfig) -> list[str]:
@@ -363,6 +394,20 @@ def check(config: CorpusConfig) -> list[str]:
     for stage in c.stages:
         require(stage in STAGES, "stages", stage, f"must be among {', '.join(STAGES)}", "name stages from that list")
     require(c.workers >= 0, "workers", c.workers, "must be 0 (one per core) or more", "give workers=2")
+    for setting, value in addresses(c):
+        fault = address_fault(value)
+        require(not fault, setting, shown(value), fault, "see docs/storage.md")
+    remote = is_address(c.out) or any(is_address(value) for _, value in addresses(c))
+    if is_address(f.since):
+        require(False, "fetch.since", shown(f.since), "must be a local folder", "copy that corpus first")
+    if c.executor is Executor.ray and remote:
+        require(bool(c.work), "work", "''", "must name a folder that all machines share", "give work=/shared/work")
+    if is_address(c.work):
+        require(False, "work", shown(c.work), "must be a local folder", "leave it out")
+    for name in ("transfers", "sync_every_s", "lease_s", "retry_s"):
+        value = getattr(c.storage, name)
+        least, unit = (1, "") if name == "transfers" else (1, " s")
+        require(value >= least, f"storage.{name}", value, f"must be at least {least}{unit}", "leave it out")
     if c.executor is Executor.ray:
         address, bound = c.ray.address, "must be auto or host:port of a cluster that this machine belongs to"
         require(re.fullmatch(r"auto|[^\s/]+:\d{1,5}", address) is not None, "ray.address", address, bound, "give auto")

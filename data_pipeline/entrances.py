@@ -6,8 +6,8 @@ every row; and says how many shards there are.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
 from data_pipeline.records import InputError
 from data_pipeline.steps import Steps, plain, rows_of
-from data_pipeline.store import Step, mark_done, read_marker, recorded_outputs, why_not_done, write_json
+from data_pipeline.store import Step, read_json, read_marker, recorded_outputs, why_not_done, write_json
 
 ROWS_PER_SHARD = 5_000
 LEAST_SHARDS = 8
@@ -32,8 +32,10 @@ LEAST_SHARDS = 8
 class Entrance:
     """Brings rows in by the source that the settings name."""
 
-    def __init__(self, config: CorpusConfig, steps: Steps) -> None:
+    def __init__(self, config: CorpusConfig, steps: Steps, address_of: Mapping[str, str]) -> None:
+        """`address_of`: local copies of inputs in a bucket → their addresses, which are what markers and rows name."""
         self.config = config
+        self.address_of = address_of
         self.steps = steps
         self.out = Path(config.out)
         self.corpus = Corpus(self.out)
@@ -112,7 +114,11 @@ class Entrance:
             arguments = (shard, self.out, archived[shard.number] if archived else None)
             return Task(f"fetch {step.name}", tasks.finish_fetch, arguments)
 
-        self.steps.run("fetch", steps, finish, quiet=True)
+        def beside(step: Step) -> list[Path]:
+            files = (*folder.glob(f"{step.name}.*.jsonl"), *corpus.folder("warc").glob(f"{step.name}-*"))
+            return sorted(files, key=lambda path: path.name.endswith(".journal.jsonl"))  # pages before their lines
+
+        self.steps.run("fetch", steps, finish, quiet=True, beside=beside)
 
     def _earlier_pages(self) -> list[Path] | list[None]:
         """For each shard the page table of the same shard of `fetch.since`."""
@@ -170,21 +176,30 @@ class Entrance:
             (folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))
         ]
         steps = [
-            Step(folder.name, f"file_{i:05d}", folder, {"file": str(p), "bytes": p.stat().st_size}, (), parts[i])
+            Step(folder.name, f"file_{i:05d}", folder, {"file": self._name(p), "bytes": p.stat().st_size}, (), parts[i])
             for i, p in enumerate(files)
         ]
         place = {step.name: i for i, step in enumerate(steps)}
 
         def index(step: Step) -> Task:
             i = place[step.name]
-            return Task(f"index {files[i].name}", tasks.index_warc_file, (files[i], i, *parts[i], self.config.fetch))
+            arguments = (files[i], self._name(files[i]), i, *parts[i], self.config.fetch)
+            return Task(f"index {files[i].name}", tasks.index_warc_file, arguments)
 
         return parts, steps, index
+
+    def _name(self, path: Path) -> str:
+        """What an input is called for good: its address where it is a copy, else its path."""
+        for copy in (path, *path.parents):
+            if address := self.address_of.get(str(copy)):
+                return f"{address}/{path.relative_to(copy).as_posix()}".removesuffix("/.")
+        return str(path)
 
     def enter_by_dataset(self, run_urls: bool, run_fetch: bool) -> None:
         files = texts.dataset_files(self.config.path)
         folder = self.corpus.folder("extract")
-        settings = {"path": self.config.path, "text_column": self.config.text_column, "shards": self.config.shards}
+        named = self.address_of.get(self.config.path, self.config.path)
+        settings = {"path": named, "text_column": self.config.text_column, "shards": self.config.shards}
         rules = forget.read_forget_list(self.corpus)
         if rules is not None:
             settings["forgotten"] = self.steps.hashes.of(self.corpus.forget_list)
@@ -193,6 +208,7 @@ class Entrance:
             why = why_not_done(step, self.steps.hashes)
             if why is None:
                 self.steps.reporter.say("extract: the dataset was read before and stands")
+                self.steps.on_marked(step, ())
             else:
                 self.steps.reporter.say(f"extract: reading {self.config.path}{f' again: {why}' if why else ''}")
                 made, written = texts.write_document_shards(
@@ -202,7 +218,7 @@ class Entrance:
                     self.config.shards,
                     rules.because if rules else None,
                 )
-                mark_done(step, {"shards": made}, self.steps.hashes, written)
+                self.steps.mark(step, {"shards": made}, written)
         marker = read_marker(step)
         if marker is None:
             raise InputError(f"stages={self.config.stages}: the dataset was not read yet; add extract")
@@ -224,17 +240,19 @@ class Entrance:
         return shards
 
 
-def check_inputs(config: CorpusConfig, stages: Sequence[str]) -> None:
+def check_inputs(config: CorpusConfig, stages: Sequence[str], known: Sequence[str] = ()) -> None:
     """Look at the files and folders that the settings name for `stages`, before any work.
 
-    Raises InputError with a line for each that is not there or cannot be used.
+    `known`: faults that were found already, of inputs in a bucket. Raises InputError with a line for each that is not
+    there or cannot be used.
     """
-    faults = []
+    faults = list(known)
     for look in _looks(config, stages):
         try:
             look()
         except InputError as e:
-            faults.append(str(e))
+            if not any(f.split("://")[0] == str(e).split("://")[0] and "://" in f for f in known):
+                faults.append(str(e))
     if faults:
         raise InputError("\n".join(faults))
 
@@ -244,7 +262,7 @@ def _looks(config: CorpusConfig, stages: Sequence[str]) -> Iterator[Callable[[],
     if config.source is Source.warc:
         yield lambda: _warc_files("path", Path(config.path))
     if config.source is Source.dataset:
-        yield lambda: texts.dataset_files(config.path)
+        yield lambda: _require_dataset(config.path)
     if config.source is Source.urls and "urls" in stages:
         yield lambda: urls.list_files(Path(config.urls))
         if blocked := config.url_list.blocked_domains_file:
@@ -266,6 +284,11 @@ def _looks(config: CorpusConfig, stages: Sequence[str]) -> Iterator[Callable[[],
         yield lambda: read_list(domains, "report.domains")
 
 
+def _require_dataset(path: str) -> None:
+    if not texts.dataset_files(path):  # a name, not a path
+        texts.require_hub_dataset(path)
+
+
 def _require_file(path: str, setting: str) -> None:
     if not Path(path).is_file():
         raise InputError(f"{setting}={path}: there is no such file; check the path")
@@ -280,7 +303,9 @@ def _require_fetched(since: Path) -> None:
 def _fixed_shards(corpus: Path) -> int | None:
     """The number of shards that a corpus was begun with."""
     path = corpus / "shards.json"
-    return int(json.loads(path.read_text(encoding="utf-8"))["shards"]) if path.exists() else None
+    with contextlib.suppress(FileNotFoundError):
+        return int(read_json(path, "restore it from a copy, or begin a new corpus").get("shards", 0)) or None
+    return None
 
 
 def _warc_files(setting: str, root: Path) -> list[Path]:

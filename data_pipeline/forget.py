@@ -31,8 +31,8 @@ from data_pipeline.config import CorpusConfig, UrlListConfig
 from data_pipeline.crawl import urls
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
-from data_pipeline.records import DROPPED, InputError
-from data_pipeline.store import write_json, write_table
+from data_pipeline.records import DROPPED, CorruptionError, InputError
+from data_pipeline.store import read_json, write_json, write_table
 
 REASON = "forgotten"
 
@@ -83,7 +83,10 @@ def read_forget_list(corpus: Corpus) -> ForgetList | None:
     """What this corpus has forgotten; None where nobody asked it to."""
     if not corpus.forget_list.exists():
         return None
-    stored = json.loads(corpus.forget_list.read_text(encoding="utf-8"))
+    remedy = "remove it and give forget= all lists again, or what they named comes back"
+    stored = read_json(corpus.forget_list, remedy)
+    if not {"domains", "urls"} <= set(stored):
+        raise CorruptionError(f"{corpus.forget_list}: is damaged (no `domains` and `urls`); {remedy}")
     return ForgetList(frozenset(stored["domains"]), stored["urls"])
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from data_pipeline.config import CorpusConfig
+
+ADDRESSES = ".addresses.json"
+"""Address → local copy, of the inputs in a bucket that the run under way has."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,15 @@ class Corpus:
     def table(self, stage: str, k: int) -> Path:
         """What a stage hands on: urls (URL_SCHEMA), fetch (PAGE_SCHEMA), extract and documents (DOCUMENT_SCHEMA)."""
         return self.out / stage / f"{k:05d}.parquet"
+
+    def archive(self, warc_file: str) -> Path:
+        """The WARC file that a page names: relative to `out`, absolute, or the address that it is a copy of."""
+        if "://" not in warc_file:
+            return self.out / warc_file  # joined to an absolute path, `out` vanishes
+        for address, copy in json.loads((self.out / ADDRESSES).read_text(encoding="utf-8")).items():
+            if warc_file == address or warc_file.startswith(f"{address}/"):
+                return Path(copy + warc_file.removeprefix(address))
+        raise FileNotFoundError(warc_file)
 
     def verdicts(self, stage: str, k: int) -> Path:
         """VERDICT_SCHEMA: one row for each row that entered the stage."""
@@ -90,6 +104,23 @@ class Corpus:
     @property
     def report(self) -> Path:
         return self.out / "report.html"
+
+
+def config_text(config: CorpusConfig) -> str:
+    """The settings as YAML that `read_config` reads back letter by letter."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(_escaped(asdict(config))))
+
+
+def _escaped(value: Any) -> Any:
+    """`${` as OmegaConf writes the characters themselves: read back plainly, it would be looked up (even in the
+    environment), and a path that holds it would be another path."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda m: str(m[1]) * 2 + "\\${", value)
+    if isinstance(value, list):
+        return [_escaped(v) for v in value]
+    return {k: _escaped(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def read_config(corpus: Corpus) -> CorpusConfig:

@@ -15,27 +15,26 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
 
 from data_pipeline import card, executors, forget, ledger, report, tasks, tokenizer, what_if
 from data_pipeline.config import STAGES, CorpusConfig, Executor, Source, check
 from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD, Entrance, check_inputs
 from data_pipeline.executors import Task
-from data_pipeline.layout import Corpus, read_config
+from data_pipeline.layout import Corpus, config_text, read_config
 from data_pipeline.pack import write_token_shards
 from data_pipeline.progress import Reporter
-from data_pipeline.records import ConfigError, InputError
+from data_pipeline.records import ConfigError, CorruptionError, InputError
 from data_pipeline.steps import Steps, plain, rows_of
+from data_pipeline.storage.place import Place
 from data_pipeline.store import (
     Step,
     lock,
-    mark_done,
     remove_temporaries,
     stands_but_for,
     storage_errors,
@@ -55,37 +54,52 @@ LEDGER_STAGES = {
 }
 
 
-def build_corpus(config: CorpusConfig) -> int:
-    """Run the stages asked for; return 0. Raises PipelineError; see records.py for the exit codes."""
+def build_corpus(config: CorpusConfig, on_take_down: Callable[[forget.TakeDown], None] | None = None) -> int:
+    """Run the stages asked for; return 0. Raises PipelineError; see records.py for the exit codes.
+
+    `on_take_down` hears of a take-down what is about to go, while the token shards are still as they were.
+    """
     with executors.stopped_by_sigterm():
-        return _build(config)
+        return _build(config, on_take_down)
 
 
-def _build(config: CorpusConfig) -> int:
+def _build(config: CorpusConfig, on_take_down: Callable[[forget.TakeDown], None] | None) -> int:
     faults = check(config)
     if faults:
         raise ConfigError(faults)
-    out = Path(config.out)
+    place = Place(config, Reporter(bars=config.progress).say)
+    config, out = place.config, place.out
     if out.exists() and not out.is_dir():
         raise InputError(f"out={out}: is a file; give a folder")
-    if config.what_if:
-        return what_if.what_if(config)
     if config.forget:
-        return take_down(config)
-    check_inputs(config, config.stages or STAGES)
-    _make_folder(out)
-    with lock(out), storage_errors(out):
+        return take_down(place, on_take_down)
+    if config.what_if:
+        if place.remote:
+            with _owned(place):
+                return what_if.what_if(config)
+        return what_if.what_if(config)
+    check_inputs(config, config.stages or STAGES, place.faults)
+    with _owned(place):
         _require_same_source(config)
-        remove_temporaries(out)
         with write_atomic(Corpus(out).config) as temporary:
-            OmegaConf.save(OmegaConf.structured(config), temporary)
+            temporary.write_text(config_text(place.given), encoding="utf-8")
         with _executor(config, out) as executor:
-            run = Run(config, executor)
+            run = Run(config, executor, place)
             run.run()
         remove_temporaries(out)  # of tasks whose worker died and that others finished
         if run.nothing_left:
-            raise InputError(f"out={out}: {run.nothing_left}")
+            raise InputError(f"out={place.given.out}: {run.nothing_left}")
     return 0
+
+
+@contextlib.contextmanager
+def _owned(place: Place) -> Iterator[None]:
+    """The corpus folder, made and locked, free of halves; and the bucket behind it, if there is one."""
+    _make_folder(place.out)
+    with lock(place.out), storage_errors(place.out):
+        remove_temporaries(place.out)
+        with place.held():
+            yield
 
 
 def _make_folder(out: Path) -> None:
@@ -101,8 +115,9 @@ def _require_same_source(config: CorpusConfig) -> None:
     corpus, before = Corpus(Path(config.out)), None
     with contextlib.suppress(InputError):
         before = read_config(corpus).source
-    if before is None and corpus.summary.exists():  # settings of another version
-        before = Source(report.read_summary(corpus)["source"])
+    if before is None:  # settings of another version
+        with contextlib.suppress(InputError, CorruptionError):
+            before = Source(report.read_summary(corpus)["source"])
     begun = any(marker for stage in STAGES for marker in corpus.folder(stage).glob("*.done.json"))
     if begun and before is not None and before is not config.source:
         raise InputError(
@@ -111,17 +126,22 @@ def _require_same_source(config: CorpusConfig) -> None:
         )
 
 
-def take_down(config: CorpusConfig) -> int:
-    """Remove what `config.forget` names from the corpus, and run again the stages that this concerns."""
-    corpus = Corpus(Path(config.out))
-    settings = forget.settings_of(config)
-    stages = [s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages]
-    check_inputs(settings, stages)
-    with lock(corpus.out), storage_errors(corpus.out):
-        remove_temporaries(corpus.out)
+def take_down(place: Place, on_take_down: Callable[[forget.TakeDown], None] | None) -> int:
+    """Remove what `forget` names from the corpus, and run again the stages that this concerns."""
+    config, corpus = place.config, Corpus(place.out)
+    with contextlib.ExitStack() as owned:
+        if place.remote:  # its settings have to be brought first
+            owned.enter_context(_owned(place))
+        settings, faults = place.with_inputs_here(forget.settings_of(config))
+        stages = [s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages]
+        check_inputs(settings, stages, (*place.faults, *faults))
+        if not place.remote:
+            owned.enter_context(_owned(place))
         with _executor(settings, corpus.out) as executor:
-            run = Run(settings, executor)
+            run = Run(settings, executor, place)
             takedown = forget.plan(config)
+            if on_take_down is not None:
+                on_take_down(takedown)
             forget.remember(corpus, takedown)
             texts_gone, copies = takedown.documents.num_rows, takedown.copies
             run.steps.reporter.say(
@@ -154,12 +174,12 @@ def _executor(config: CorpusConfig, out: Path) -> executors.Executor:
 class Run:
     """One run over one corpus folder, under its lock."""
 
-    def __init__(self, config: CorpusConfig, executor: executors.Executor) -> None:
+    def __init__(self, config: CorpusConfig, executor: executors.Executor, place: Place) -> None:
         self.config = config
         self.out = Path(config.out)
         self.corpus = Corpus(self.out)
-        self.steps = Steps(self.corpus, executor, Reporter(bars=config.progress), config.stages)
-        self.entrance = Entrance(config, self.steps)
+        self.steps = Steps(self.corpus, executor, Reporter(bars=config.progress), config.stages, place.send_step)
+        self.entrance = Entrance(config, self.steps, place.address_of)
         self.nothing_left = ""
         """Why there is no document to make token shards of, and what to do; empty where there is one."""
 
@@ -404,6 +424,7 @@ class Run:
         why = why_not_done(step, self.steps.hashes)
         if why is None:
             self.steps.reporter.say("tokens: written before, they stand")
+            self.steps.on_marked(step, ())
             return
         self.steps.reporter.say(f"tokens: shuffling and packing{f' again: {why}' if why else ''}")
         made_from = {"settings": settings, "documents": [self.steps.hashes.of(p) for p in documents]}
@@ -413,7 +434,7 @@ class Run:
         if counts["files_unchanged"]:
             rewritten, stand = counts["files"] - counts["files_unchanged"], counts["files_unchanged"]
             self.steps.reporter.say(f"tokens: {rewritten:,} files written, {stand:,} stand as they were")
-        mark_done(step, counts, self.steps.hashes, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
+        self.steps.mark(step, counts, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
 
     # ── closing ─────────────────────────────────────────────────────────────────────────────────────────────────
 

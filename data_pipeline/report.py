@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
-from data_pipeline.records import KEPT, InputError
-from data_pipeline.store import corruption_errors, write_atomic
+from data_pipeline.records import KEPT, CorruptionError, InputError
+from data_pipeline.store import corruption_errors, read_json, write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+AGAIN = "run `gpt2train corpus` again, which makes it anew"
 SAMPLES = 6
 SAMPLE_CHARACTERS = 1_200
 REASON_SAMPLES = 3
@@ -33,11 +34,13 @@ LENGTH_BINS = (0, 500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 64_000, 128_0
 
 
 def read_summary(corpus: Corpus) -> dict[str, Any]:
-    """summary.json. Raises InputError where there is none."""
+    """summary.json. Raises InputError where there is none, CorruptionError where it is torn."""
     try:
-        summary: dict[str, Any] = json.loads(corpus.summary.read_text(encoding="utf-8"))
+        summary = read_json(corpus.summary, AGAIN)
     except FileNotFoundError:
         raise InputError(f"{corpus.out}: is no corpus folder (no summary.json); run `gpt2train corpus` first") from None
+    if missing := [name for name in ("stages", "urls", "source") if name not in summary]:
+        raise CorruptionError(f"{corpus.summary}: is damaged (no `{missing[0]}` in it); {AGAIN}")
     return summary
 
 

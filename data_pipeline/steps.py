@@ -25,13 +25,22 @@ from data_pipeline.store import Hashes, Step, mark_done, prune, why_not_done
 class Steps:
     """The steps of one run over one corpus folder. `shards` is known once `cut_into` was called."""
 
-    def __init__(self, corpus: Corpus, executor: Executor, reporter: Reporter, asked: Sequence[str]) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        executor: Executor,
+        reporter: Reporter,
+        asked: Sequence[str],
+        on_marked: Callable[[Step, Sequence[Path]], None] = lambda step, beside: None,
+    ) -> None:
+        """`on_marked` gets each step that stands, with files that belong to it beside its outputs."""
         self.corpus = corpus
         self.out = corpus.out
         self.executor = executor
         self.reporter = reporter
         self.asked = list(asked)
         """The stages that the user named; empty: all."""
+        self.on_marked = on_marked
         self.hashes = Hashes()
         self.shards = 0
 
@@ -48,6 +57,13 @@ class Steps:
                 f"stages={self.asked}: {stage} needs {missing[0].relative_to(self.out)}, which {before} makes; "
                 f"add {before}"
             )
+
+    def mark(
+        self, step: Step, counts: Mapping[str, Any], outputs: Sequence[Path] = (), beside: Sequence[Path] = ()
+    ) -> None:
+        """The step is done: write its marker, and tell whoever stores it elsewhere."""
+        mark_done(step, counts, self.hashes, outputs)
+        self.on_marked(step, beside)
 
     def by_shard(
         self,
@@ -90,10 +106,17 @@ class Steps:
         *,
         rows: Callable[[Step], int] = lambda step: 0,
         quiet: bool = False,
+        beside: Callable[[Step], Sequence[Path]] = lambda step: (),
     ) -> None:
-        """Do the steps that do not stand, and say which are done again and why."""
+        """Do the steps that do not stand, and say which are done again and why.
+
+        `beside`: files that belong to a step but are not its outputs, such as a fetch's journal.
+        """
         reasons = {step.name: why_not_done(step, self.hashes) for step in steps}
         due = [step for step in steps if reasons[step.name] is not None]
+        for step in steps:
+            if reasons[step.name] is None:  # maybe a killed run came no further than its marker
+                self.on_marked(step, beside(step))
         again: dict[str, list[str]] = {}
         for step in due:
             if reasons[step.name]:
@@ -112,7 +135,8 @@ class Steps:
         with self.reporter.stage(name, sum(rows(step) for step in due)) as counter:
 
             def on_done(task: Task, counts: dict[str, Any]) -> None:
-                mark_done(by_label[task.label], counts, self.hashes)
+                step = by_label[task.label]
+                self.mark(step, counts, beside=beside(step))
 
             self.executor.run(list(work.values()), on_done=on_done, on_rows=counter.advance)
             if counter.done and not quiet:

@@ -93,6 +93,17 @@ def write_json(value: object, path: Path) -> None:
         temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in `path`. Raises CorruptionError with `remedy` for anything else, FileNotFoundError for none."""
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as e:
+        raise CorruptionError(f"{path}: is damaged ({e}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise CorruptionError(f"{path}: is damaged (no JSON object); {remedy}")
+    return found
+
+
 def sha256_file(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(f)

@@ -91,8 +91,13 @@ def _with_changes(documents: pa.Table, changes: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(out, schema=DOCUMENT_SCHEMA)
 
 
-def index_warc_file(path: Path, number: int, out: Path, verdicts_out: Path, config: FetchConfig) -> dict[str, Any]:
-    """Pages and verdicts of one WARC file; a record's index is the file's number and its place in it."""
+def index_warc_file(
+    path: Path, name: str, number: int, out: Path, verdicts_out: Path, config: FetchConfig
+) -> dict[str, Any]:
+    """Pages and verdicts of one WARC file; a record's index is the file's number and its place in it.
+
+    `name` is what pages call the file: `path`, or the address that it is a copy of.
+    """
     pages: list[dict[str, Any]] = []
     verdicts: list[Verdict] = []
     for place, record in enumerate(warc.index_warc(path)):
@@ -108,7 +113,7 @@ def index_warc_file(path: Path, number: int, out: Path, verdicts_out: Path, conf
                     "status": record.status,
                     "content_type": record.content_type,
                     "fetched_at": record.fetched_at,
-                    "warc_file": str(path),
+                    "warc_file": name,
                     "warc_offset": record.offset,
                     "payload_digest": record.payload_digest,
                 }
@@ -165,8 +170,8 @@ def extract_rows(
 
     def read_body(page: dict[str, Any]) -> tuple[bytes, str] | Rejected:
         tick(1)
-        try:  # joined to an absolute path, `out` vanishes
-            response = warc.read_response(out / page["warc_file"], page["warc_offset"])
+        try:
+            response = warc.read_response(corpus.archive(page["warc_file"]), page["warc_offset"])
         except (WarcError, FileNotFoundError) as e:
             return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: {e}", {})
         if hashlib.sha256(response.body).hexdigest() != page["payload_digest"]:

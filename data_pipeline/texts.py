@@ -23,6 +23,7 @@ from data_pipeline.store import write_table
 ENDINGS = (".txt", ".jsonl", ".parquet")
 SHARD_ROWS = 5_000
 SHARD_BYTES = 16_000_000
+HUB_TIMEOUT_S = 10.0
 
 
 def dataset_files(path: str) -> list[Path]:
@@ -87,14 +88,34 @@ def _file_rows(file: Path, text_column: str) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+def require_hub_dataset(name: str) -> None:
+    """One question to the Hub, of at most HUB_TIMEOUT_S: reading a set that is not there would be tried for half a
+    minute. Raises InputError. Not asked where HF_HUB_OFFLINE is set, as the set may lie in the local cache."""
+    from huggingface_hub import HfApi, constants
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
+    except Exception as e:  # its client raises kinds of its own: unknown name, gated, no network, no such host
+        raise _no_hub_dataset(name, e) from None
+
+
+def _no_hub_dataset(name: str, e: Exception) -> InputError:
+    reason = str(e).strip().split("\n")[0]
+    return InputError(
+        f"path={name}: no such file or folder here, and no Hugging Face dataset of this name could be had ({reason}); "
+        "check the name, the network, and HF_TOKEN for one that is not public"
+    )
+
+
 def _hub_rows(name: str, text_column: str) -> Iterator[dict[str, Any]]:
     from datasets import load_dataset
 
     try:
         rows = iter(load_dataset(name, split="train", streaming=True))
     except Exception as e:  # datasets raises a dozen kinds: offline, unknown name, gated, no train split
-        reason = str(e).split("\n")[0]
-        raise InputError(f"path={name}: no such folder, and no Hugging Face dataset could be had ({reason})") from e
+        raise _no_hub_dataset(name, e) from e
     for number, row in enumerate(rows):
         _require_column(row, text_column, name)
         yield {**row, "text": row[text_column], "url": row.get("url") or f"dataset:{name}#{number}"}

@@ -261,6 +261,62 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def fetch_token_shards(address: str, cache: str | Path) -> Path:
+    """Bring the token shards at `address` (s3://…, gs://…) into a folder of their own below `cache`; returns it.
+
+    Each file is checked against the manifest, which comes last, and files that are there already and are whole are not
+    brought again. The folder is named by the manifest's fingerprint: other shards at the same address get another one.
+    Several processes may call it at once: one brings, the others wait. A local path is returned as it is.
+
+    Raises a TokenShardError, or the PipelineError (of `records`) of a bucket that cannot be read.
+    """
+    from data_pipeline.config import StorageConfig
+    from data_pipeline.storage.address import address_fault, is_address, local_path, shown
+    from data_pipeline.storage.bucket import Bucket, Stored
+    from data_pipeline.store import lock, sha256_file
+
+    if not is_address(address):
+        return Path(local_path(address))
+    if fault := address_fault(address):
+        raise NotTokenShardsError(f"{shown(address)}: {fault}; see docs/storage.md")
+    bucket = Bucket(address, StorageConfig())
+    content = bucket.read(MANIFEST)
+    if content is None:
+        raise NotTokenShardsError(f"{address}: holds no {MANIFEST}; give the place of OUT/tokens")
+    arriving = Path(cache) / f".arriving-{hashlib.sha256(content).hexdigest()[:16]}"
+    with lock(arriving, wait_s=FETCH_WAIT_S):
+        (arriving / MANIFEST).write_bytes(content)
+        manifest = read_manifest(arriving)
+        folder = Path(cache) / manifest["fingerprint"][:16]
+        files = [f for split in SPLITS for f in manifest["splits"][split]["files"]]
+        entries = [*files, *(f["index"] for f in files), manifest["documents"]]
+        outside = [entry["file"] for entry in entries if Path(entry["file"]).name != entry["file"]]
+        if outside:
+            raise CorruptTokenShardsError(folder, [f"{outside[0]}: a file outside the folder"])
+
+        def bring(entry: dict[str, Any]) -> str:
+            path = folder / entry["file"]
+            if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]:
+                return ""
+            try:
+                bucket.get(entry["file"], path, Stored("", entry["bytes"]))
+            except FileNotFoundError:
+                return f"{entry['file']}: missing in the bucket"
+            got = sha256_file(path)
+            return "" if got == entry["sha256"] else _compare(entry, got)[0]
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            defects = [defect for defect in threads.map(bring, entries) if defect]
+        if defects:
+            raise CorruptTokenShardsError(folder, defects)
+        os.replace(arriving / MANIFEST, folder / MANIFEST)
+    return folder
+
+
+FETCH_WAIT_S = 24 * 3600.0
+"""How long a process waits for another one of the machine that brings the same shards: as long as that takes."""
+
+
 def fingerprint(manifest: dict[str, Any]) -> str:
     """sha256 hex over the manifest without its `fingerprint`, as JSON with sorted keys and no spaces."""
     rest = {k: v for k, v in manifest.items() if k != "fingerprint"}

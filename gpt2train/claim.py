@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint
@@ -44,6 +43,7 @@ from gpt2train.run_folder import (
     TENSORBOARD,
     VERSIONS,
     checkpoint_folders,
+    config_text,
     read_json,
     read_run_config,
     replace_file,
@@ -348,7 +348,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _write_records(config: TrainConfig, folder: Path, shards: TokenShards, world: World) -> None:
     """config.yaml and versions.json: what this start runs with."""
-    replace_file(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    replace_file(folder / CONFIG, config_text(config).encode())
     versions: dict[str, Any] = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):

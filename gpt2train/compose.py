@@ -108,7 +108,7 @@ def compose(
             continue
         try:
             # Below a free-form dictionary (deepspeed.extra) any key may be set.
-            OmegaConf.update(config, key, _literal(value), force_add=key != branch)
+            OmegaConf.update(config, key, literal(value), force_add=key != branch)
             _ = OmegaConf.select(config, key)
         except OmegaConfBaseException as e:
             faults.append(f"{key}={value}: {_reason(e)}; it is {_current(schema, known[branch])}")
@@ -129,13 +129,13 @@ def takes_text(text: str, known: Mapping[str, Any], aliases: Mapping[str, str] |
     return bool(equals) and is_text and not in_quotes
 
 
-def _literal(value: Any) -> Any:
+def literal(value: Any) -> Any:
     """`${…}` in a setting is text, not OmegaConf's interpolation: nothing of the environment slips into a config."""
     if isinstance(value, str):
         return re.sub(r"(\\*)\$\{", lambda m: str(m[1]) * 2 + "\\${", value)
     if isinstance(value, list):
-        return [_literal(v) for v in value]
-    return {k: _literal(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return [literal(v) for v in value]
+    return {k: literal(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def leaves(schema: type, prefix: str = "") -> dict[str, Any]:

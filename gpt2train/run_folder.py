@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf lets PyYAML's errors through
 
+from gpt2train.compose import literal
 from gpt2train.config import ConfigError, TrainConfig
 
 CONFIG = "config.yaml"
@@ -41,6 +43,11 @@ IMPORTED = "imported.json"
 """In a run that `import` made: the sha256 of the files that its first weights came from, and the run's id."""
 
 _log = logging.getLogger(__name__)
+
+
+def config_text(config: TrainConfig) -> str:
+    """The settings as YAML that `read_run_config` reads back letter by letter: a `${` in a path stays one."""
+    return OmegaConf.to_yaml(OmegaConf.create(literal(asdict(config))))
 
 
 def read_run_config(run_dir: str | Path) -> TrainConfig:

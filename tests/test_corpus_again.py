@@ -16,6 +16,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from inline import Inline
 
 from data_pipeline import pipeline
 from data_pipeline.clean import language
@@ -31,8 +32,8 @@ from data_pipeline.config import (
     TokenizeConfig,
     check,
 )
-from data_pipeline.executors import Task, stopped_by_sigterm
-from data_pipeline.layout import Corpus
+from data_pipeline.executors import stopped_by_sigterm
+from data_pipeline.layout import Corpus, read_config
 from data_pipeline.ledger import why_nothing_is_left
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import CorruptionError, InputError, StoppedError
@@ -40,28 +41,6 @@ from data_pipeline.report import write_corpus_report
 from data_pipeline.why import WhyConfig, why
 
 PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:6]
-
-
-class Inline:
-    """An executor that runs tasks in this process: no worker has to start and import."""
-
-    workers = 1
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def run(
-        self,
-        tasks: Sequence[Task],
-        *,
-        on_done: Callable[[Task, dict[str, Any]], None],
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> None:
-        for task in tasks:
-            on_done(task, task.function(*task.arguments))
 
 
 @pytest.fixture(autouse=True)
@@ -251,6 +230,56 @@ def test_a_damaged_result_is_named_to_who_reads_it(config: CorpusConfig) -> None
         (out / name).write_bytes(whole[:-9])
         build_corpus(config)
         read()
+
+
+@pytest.mark.parametrize("torn", [b'{"stages": [', b"[]", b'{"stages": []}'])
+def test_records_that_are_torn_are_named(config: CorpusConfig, tmp_path: Path, torn: bytes) -> None:
+    out = Path(config.out)
+    build_corpus(config)
+    (tmp_path / "list.txt").write_text("site1.test\n")
+    whole = (out / "summary.json").read_bytes()
+    (out / "summary.json").write_bytes(torn)
+    with pytest.raises(CorruptionError, match=r"summary\.json: is damaged .*run `gpt2train corpus` again"):
+        write_corpus_report(Corpus(out))
+    build_corpus(config)
+    assert (out / "summary.json").read_bytes() == whole
+    build_corpus(replace(config, forget=str(tmp_path / "list.txt")))
+    rules = (out / "forget.json").read_bytes()
+    (out / "forget.json").write_bytes(torn)
+    with pytest.raises(CorruptionError, match=r"forget\.json: is damaged .*give forget= all lists again"):
+        build_corpus(config)
+    (out / "forget.json").write_bytes(rules)
+    build_corpus(config)
+    assert PROSE[1] not in texts_of(out)
+
+
+def test_settings_are_kept_letter_by_letter(
+    config: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOBODYS_TOKEN", "hush-hush")
+    words = tmp_path / "${oc.env:NOBODYS_TOKEN} \\${x} ${"
+    words.write_text("xyzzy\n")
+    build_corpus(replace(config, quality=QualityConfig(blocked_words_file=str(words))))
+    stored = Path(config.out) / "config.yaml"
+    assert "hush-hush" not in stored.read_text()
+    assert read_config(Corpus(Path(config.out))).quality.blocked_words_file == str(words)
+
+
+def test_a_hub_dataset_that_is_not_there_is_told_at_once(config: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+
+    def dataset_info(self: object, name: str, *, timeout: float) -> None:
+        asked.append((name, timeout))
+        raise ConnectionError("no such host")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    with pytest.raises(InputError, match=r"path=nobody/there: .*\(no such host\); check the name, the network, and"):
+        build_corpus(replace(config, path="nobody/there"))
+    assert asked == [("nobody/there", 10.0)]  # once, and with an end
+    assert not Path(config.out).exists()
 
 
 @pytest.mark.parametrize("settings", ["as they were", "of another version"])

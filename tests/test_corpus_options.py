@@ -16,18 +16,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import lxml.html
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from inline import Inline
 from omegaconf import OmegaConf
 from warcio.archiveiterator import ArchiveIterator
 
@@ -45,7 +45,6 @@ from data_pipeline.config import (
     TokenizeConfig,
     check,
 )
-from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.pipeline import build_corpus
@@ -70,28 +69,6 @@ def plain_words(text: str, count: int) -> str:
 
 ITEM = plain_words(PROSE[3], 15)
 """An item of an evaluation set that a text holds, too."""
-
-
-class Inline:
-    """An executor that runs tasks in this process: no worker has to start and import."""
-
-    workers = 1
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def run(
-        self,
-        tasks: Sequence[Task],
-        *,
-        on_done: Callable[[Task, dict[str, Any]], None],
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> None:
-        for task in tasks:
-            on_done(task, task.function(*task.arguments))
 
 
 @pytest.fixture(scope="module", autouse=True)

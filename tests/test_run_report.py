@@ -16,6 +16,7 @@ from gpt2train.config import ConfigError, DataConfig, ModelConfig, Precision, Tr
 from gpt2train.report import report
 from gpt2train.run_folder import (
     checkpoint_folders,
+    config_text,
     data_folder,
     last_value,
     read_metrics,
@@ -160,6 +161,17 @@ def test_settings_come_back_with_their_types(tmp_path: Path) -> None:
     assert isinstance(config, TrainConfig)
     assert config.precision is Precision.fp32
     assert config.model == ModelConfig("tiny", layers=2, channels=64, heads=2)
+
+
+def test_settings_are_kept_letter_by_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOBODYS_TOKEN", "hush-hush")
+    folder = make_run(tmp_path / "run")
+    config = read_run_config(folder)
+    config.data.path = "/data/${oc.env:NOBODYS_TOKEN} \\${x} ${"
+    config.deepspeed.extra = {"a": ["${b}"]}
+    (folder / "config.yaml").write_text(config_text(config))
+    assert read_run_config(folder) == config
+    assert "hush-hush" not in (folder / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("content", ["steps: many\n", "no_such_setting: 1\n", "a: [\n", "- 1\n", "\x00"])

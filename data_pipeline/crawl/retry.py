@@ -7,7 +7,6 @@ way; while it is, a restart goes on with it and opens nothing twice, however oft
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from data_pipeline.crawl.fetch_journal import journal_path, newest_decisions, reopen, rounds_of
 from data_pipeline.crawl.fetch_queue import FetchShard
 from data_pipeline.records import KEPT
-from data_pipeline.store import write_json
+from data_pipeline.store import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,9 @@ def begin_round(folder: Path, shards: Sequence[FetchShard], reasons: Sequence[st
     if not state["under_way"]:
         if not reasons:
             return None
-        state = {"round": state["round"] + 1, "reasons": sorted(set(reasons)), "under_way": True}
+        earlier = (rounds_of(journal_path(shard.folder, shard.number)) for shard in shards)
+        last = max(state["round"], *(number for rounds in earlier for number in rounds), 0)  # also without its file
+        state = {"round": last + 1, "reasons": sorted(set(reasons)), "under_way": True}
         write_json(state, folder / "retry.json")
     waiting: dict[int, int] = {}
     for shard in shards:
@@ -79,7 +80,6 @@ def is_meant(line: dict[str, Any], reasons: Sequence[str]) -> bool:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     try:
-        state: dict[str, Any] = json.loads((folder / "retry.json").read_text(encoding="utf-8"))
+        return read_json(folder / "retry.json", "remove it; what was fetched stays, and retry= may be given again")
     except FileNotFoundError:
         return {"round": 0, "reasons": [], "under_way": False}
-    return state

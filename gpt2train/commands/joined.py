@@ -30,13 +30,13 @@ def build_corpus(overrides: Sequence[str]) -> int:
         check=corpus_config.check,
     )
     from data_pipeline import pipeline
+    from data_pipeline.forget import TakeDown
 
-    if settings.forget and settings.runs:
-        # While the token shards are still the ones that the runs trained on.
-        from data_pipeline.forget import plan
+    def tell_steps(takedown: TakeDown) -> None:
+        if settings.runs:
+            _print_steps(settings.runs, set(takedown.documents["url"].to_pylist()))
 
-        _print_steps(settings.runs, set(plan(settings).documents["url"].to_pylist()))
-    return pipeline.build_corpus(settings)
+    return pipeline.build_corpus(settings, tell_steps)
 
 
 def _quoted_list(override: str, key: str) -> str:
