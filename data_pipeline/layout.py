@@ -48,6 +48,10 @@ class Corpus:
     def signatures(self, k: int) -> Path:
         return self.out / "dedup" / f"{k:05d}.signatures.parquet"
 
+    def links(self, part: int) -> Path:
+        """What one part of the join found: pairs of documents."""
+        return self.out / "dedup" / f"links_{part:03d}.parquet" if part >= 0 else self.out / "dedup/links_exact.parquet"
+
     @property
     def duplicates(self) -> Path:
         return self.out / "dedup" / "duplicates.parquet"

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_pipeline import card, executors, forget, ledger, report, tasks, tokenizer, what_if
+from data_pipeline.clean import bands
 from data_pipeline.config import STAGES, CorpusConfig, Executor, Source, check
 from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD, Entrance, check_inputs
 from data_pipeline.executors import Task
@@ -45,6 +46,10 @@ from data_pipeline.store import (
 
 LEAST_PART_ROWS = 64
 """Pages that are worth a process of their own: it takes a second to start."""
+
+JOIN_IN_PARTS_ROWS = 500_000
+"""From so many documents on near-duplicates are joined in a task a band; below, one task needs less than starting them
+costs, and 100 MB."""
 
 # Stages whose verdicts a row meets on its way, by where it enters.
 LEDGER_STAGES = {
@@ -322,7 +327,14 @@ class Run:
         joined = {**signed, "keep": c.keep.value}
         join = Step("dedup", "duplicates", corpus.folder("dedup"), joined, (*signatures, *old), (corpus.duplicates,))
         arguments = (self.out, self.steps.shards, c)
-        self.steps.run("dedup join", [join], lambda step: Task("dedup", tasks.join_duplicates, arguments), quiet=True)
+        by_parts = sum(rows_of(path) for path in signatures) >= JOIN_IN_PARTS_ROWS
+        if by_parts and why_not_done(join, self.steps.hashes) is not None:
+            self._link_documents(signed, join.inputs)
+        function = tasks.join_links if by_parts else tasks.join_duplicates
+        self.steps.run("dedup join", [join], lambda step: Task("dedup", function, arguments), quiet=True)
+        for part in bands.parts_of(c):  # as large as the signatures together, and made again from them
+            corpus.links(part).unlink(missing_ok=True)
+            self._links_step(part, signed, join.inputs).marker.unlink(missing_ok=True)
         self.steps.by_shard(
             "dedup",
             {},
@@ -333,6 +345,21 @@ class Run:
         )
         if c.plant:
             self._measure_dedup(signed, entering, signatures)
+
+    def _links_step(self, part: int, settings: Mapping[str, Any], inputs: tuple[Path, ...]) -> Step:
+        file = self.corpus.links(part)
+        return Step("dedup", file.stem, self.corpus.folder("dedup"), {**settings, "part": part}, inputs, (file,))
+
+    def _link_documents(self, settings: Mapping[str, Any], inputs: tuple[Path, ...]) -> None:
+        """The parts of the join, each a step of its own; a killed run goes on with those that are missing."""
+        steps = [self._links_step(part, settings, inputs) for part in bands.parts_of(self.config.dedup)]
+        part_of = {step.name: int(step.settings["part"]) for step in steps}
+
+        def make(step: Step) -> Task:
+            arguments = (self.out, self.steps.shards, self.config.dedup, part_of[step.name])
+            return Task(f"dedup {step.name}", tasks.link_documents, arguments)
+
+        self.steps.run("dedup links", steps, make)
 
     def _measure_dedup(
         self, signed: Mapping[str, Any], entering: Callable[[int], tuple[Path, ...]], signatures: tuple[Path, ...]

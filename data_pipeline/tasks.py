@@ -8,16 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import forget, ledger, pack
-from data_pipeline.clean import contamination, dedup, extract, language, personal, planting, quality
+from data_pipeline.clean import bands, contamination, dedup, extract, language, personal, planting, quality
 from data_pipeline.clean.html_text import Rejected
 from data_pipeline.config import (
     DecontaminateConfig,
@@ -259,6 +260,33 @@ def join_duplicates(out: Path, shards: int, config: DedupConfig) -> dict[str, An
     return {"duplicates": duplicates.num_rows}
 
 
+def link_documents(out: Path, shards: int, config: DedupConfig, part: int) -> dict[str, Any]:
+    """One part of the join: pairs of documents that agree in one band, or word for word."""
+    corpus, columns = Corpus(out), bands.columns_of(part)
+
+    def tables() -> Iterator[pa.Table]:
+        for folder in config.against:
+            yield _old_signatures(Path(folder), config, columns)
+        for k in range(shards):
+            yield dedup.read_signatures([corpus.signatures(k)], config, columns)
+
+    pairs = bands.link(tables(), config, part)
+    write_table(pairs, corpus.links(part))
+    return {"links": pairs.num_rows}
+
+
+def join_links(out: Path, shards: int, config: DedupConfig) -> dict[str, Any]:
+    """All parts' pairs → the same table as `join_duplicates`."""
+    corpus, columns = Corpus(out), ["index", "url", "exact", "characters", "date"]
+    rows = dedup.read_signatures([corpus.signatures(k) for k in range(shards)], config, columns)
+    old = [_old_signatures(Path(folder), config, columns) for folder in config.against]
+    tables = [pq.read_table(corpus.links(part)) for part in bands.parts_of(config)]
+    links = [np.stack([table["a"].to_numpy(), table["b"].to_numpy()], axis=1) for table in tables]
+    duplicates = dedup.find_duplicates(rows, config, pa.concat_tables(old) if old else None, links)
+    write_table(duplicates, corpus.duplicates)
+    return {"duplicates": duplicates.num_rows}
+
+
 def old_index(folder: Path) -> list[tuple[Path, Path]]:
     """(signatures, last verdicts) of each shard of another corpus. Raises InputError for a folder without them."""
     old = Corpus(folder)
@@ -269,12 +297,13 @@ def old_index(folder: Path) -> list[tuple[Path, Path]]:
     return found
 
 
-def _old_signatures(folder: Path, config: DedupConfig) -> pa.Table:
-    """Signatures of the documents that the corpus in `folder` kept to its end."""
+def _old_signatures(folder: Path, config: DedupConfig, columns: Sequence[str] | None = None) -> pa.Table:
+    """Signatures (all columns, or `columns`) of the documents that the corpus in `folder` kept to its end."""
+    needed = None if columns is None else list(dict.fromkeys(["index", *columns]))
     tables = []
     for signatures, verdicts in old_index(folder):
         try:
-            tables.append(_kept(dedup.read_signatures([signatures], config), verdicts))
+            tables.append(_kept(dedup.read_signatures([signatures], config, needed), verdicts))
         except CorruptionError as e:
             raise InputError(
                 f"dedup.against={folder}: its signatures are of another kind; give the dedup.ngram, bands and rows "

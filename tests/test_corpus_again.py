@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from inline import Inline
 
-from data_pipeline import pipeline
+from data_pipeline import pipeline, tasks
 from data_pipeline.clean import language
 from data_pipeline.config import (
     LANGUAGES,
@@ -368,3 +368,46 @@ def test_the_handler_from_before_comes_back(config: CorpusConfig) -> None:
     thread.start()
     thread.join(60)
     assert sorted(texts_of(Path(config.out))) == sorted(PROSE)
+
+
+# ── the join in parts ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_join_in_parts_gives_the_same_bytes(
+    config: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = PROSE[0].split(" ")
+    near = [" ".join([*words[:n], "indeed", *words[n:]]) for n in (40, 120, 200)]
+    texts = [*PROSE, *near, PROSE[2].upper(), PROSE[3], PROSE[3] + "!", "Three words only", "Three words only"]
+    old, out = str(tmp_path / "old"), Path(config.out)
+    build_corpus(replace(config, out=old))
+    for number, rules in enumerate((DedupConfig(), DedupConfig(exact=False), DedupConfig(against=[old]))):
+        whole = tmp_path / f"whole{number}"
+        path = str(dataset(tmp_path / "more.jsonl", texts))
+        one = replace(config, path=path, dedup=rules, out=str(whole))
+        build_corpus(one)
+        expected = (whole / "dedup" / "duplicates.parquet").read_bytes()
+        assert pq.read_table(whole / "dedup" / "duplicates.parquet").num_rows >= 4
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, "JOIN_IN_PARTS_ROWS", 1)
+            patch.setattr(tasks, "join_duplicates", None)  # would raise
+            build_corpus(replace(one, out=str(out)))
+        assert (out / "dedup" / "duplicates.parquet").read_bytes() == expected
+        assert not list((out / "dedup").glob("links_*"))  # they are made again from the signatures
+    # A part that is there when the run goes on is not made again.
+    (out / "dedup" / "duplicates.done.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "JOIN_IN_PARTS_ROWS", 1)
+        patch.setattr(tasks, "join_links", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build_corpus(replace(one, out=str(out)))
+        links = sorted((out / "dedup").glob("links_*.parquet"))
+        assert len(links) == 15  # 14 bands, and equal texts
+        links[3].unlink()
+        patch.undo()
+        patch.setattr(pipeline, "JOIN_IN_PARTS_ROWS", 1)
+        patch.setattr(pipeline, "_executor", lambda config, out: Inline())
+        capfd.readouterr()
+        build_corpus(replace(one, out=str(out)))
+    assert f"dedup links: 1 of 15 shards again: dedup/{links[3].name} is missing" in capfd.readouterr().err
+    assert (out / "dedup" / "duplicates.parquet").read_bytes() == expected

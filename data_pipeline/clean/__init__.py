@@ -7,6 +7,7 @@ The rooms:
     language       which language a text is in
     quality        rules of Gopher, C4, FineWeb and OpenWebText → kept, or dropped with a reason
     dedup          exact and near duplicates; the best of a cluster stays
+    bands          the join of duplicates in parts, one a band, for more documents than one task should hold
     planting       known near-duplicates → recall and precision of this very run
     personal       e-mail, IP and telephone numbers in texts → examples that belong to nobody
     ngrams         words → 64-bit hashes of n-grams, by a fixed, versioned function

@@ -140,20 +140,28 @@ def minhash(shingles: Sequence[np.ndarray], permutations: int) -> np.ndarray:
 _MINHASH_BLOCK = 1 << 16  # shingles: 0.5 MB of values
 
 
-def find_duplicates(signatures: pa.Table, config: DedupConfig, old: pa.Table | None = None) -> pa.Table:
+def find_duplicates(
+    signatures: pa.Table, config: DedupConfig, old: pa.Table | None = None, links: Sequence[np.ndarray] | None = None
+) -> pa.Table:
     """The documents that go (DUPLICATE_SCHEMA), sorted by index, from all shards' `signatures` (`read_signatures`).
 
-    `old` are signatures of documents that other corpora keep: whoever shares a cluster with one of them goes.
+    `old` are signatures of documents that other corpora keep: whoever shares a cluster with one of them goes. `links`
+    are pairs of rows, those of `old` first, that `bands` found already; then the column `bands` is not needed.
     """
-    rows = signatures.sort_by("index")
+    rows = signatures
     if old is not None:
         # Below 0, so that they stand before all others in the order of the index, and are told from them.
         below = pa.array(np.arange(-old.num_rows, 0))
         rows = pa.concat_tables([old.set_column(0, "index", below).select(rows.column_names), rows])
     if rows.num_rows == 0:
         return DUPLICATE_SCHEMA.empty_table()
+    order = pc.sort_indices(rows, [("index", "ascending")])
+    rows = rows.take(order)
     exact = exact_digests(rows)
-    cluster = clusters(rows, config)
+    if links is None:
+        cluster = clusters(rows, config)
+    else:
+        cluster = _connected_components(rows.num_rows, links)[order.to_numpy()]
     best = _best_of_each(cluster, rows, config.keep)  # row of the one that stays, for each row
     index = rows["index"].to_numpy()
     goes = np.flatnonzero((best != np.arange(len(best))) & (index >= 0))
@@ -184,27 +192,32 @@ def clusters(rows: pa.Table, config: DedupConfig) -> np.ndarray:
     exact = exact_digests(rows)
     links = []
     if config.exact:
-        # Links of equal first halves, made in the order of the second halves, so that equal digests are neighbors.
-        order = np.argsort(exact[:, 1], kind="stable")
-        pairs = _links(exact[order, 0], order)
-        links.append(pairs[exact[pairs[:, 0], 1] == exact[pairs[:, 1], 1]])
+        links.append(exact_links(exact))
     if config.near:
         bands = rows["bands"].combine_chunks()
         signed = np.flatnonzero(pc.list_value_length(bands).to_numpy(zero_copy_only=False))
         hashes = bands.flatten().to_numpy().reshape(-1, config.bands)
-        links += [_links(hashes[:, band], signed) for band in range(config.bands)]
+        links += [links_of(hashes[:, band], signed) for band in range(config.bands)]
     return _connected_components(len(exact), links)
 
 
-def read_signatures(paths: Sequence[Path], config: DedupConfig) -> pa.Table:
-    """The signatures in `paths` (Parquet), one after another.
+def exact_links(exact: np.ndarray) -> np.ndarray:
+    """int64[links, 2]: pairs of rows that chain all rows of equal digest (`exact_digests`) together."""
+    # Links of equal first halves, made in the order of the second halves, so that equal digests are neighbors.
+    order = np.argsort(exact[:, 1], kind="stable")
+    pairs = links_of(exact[order, 0], order)
+    return pairs[exact[pairs[:, 0], 1] == exact[pairs[:, 1], 1]]
+
+
+def read_signatures(paths: Sequence[Path], config: DedupConfig, columns: Sequence[str] | None = None) -> pa.Table:
+    """The signatures in `paths` (Parquet), one after another; all their columns, or `columns`.
 
     Raises:
         CorruptionError: a file holds signatures of another version or with other settings.
     """
     tables = []
     for path in paths:
-        table = pq.read_table(path)
+        table = pq.read_table(path, columns=list(columns) if columns else None)
         found, wanted = (table.schema.metadata or {}).get(b"signature", b""), _metadata(config)[b"signature"]
         if found != wanted:
             raise CorruptionError(
@@ -215,7 +228,7 @@ def read_signatures(paths: Sequence[Path], config: DedupConfig) -> pa.Table:
     return pa.concat_tables(tables) if tables else SIGNATURE_SCHEMA.empty_table()
 
 
-def _links(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def links_of(keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """int64[links, 2]: pairs of `rows` that chain all rows of equal key together; linear in the rows."""
     ordered = np.sort(keys)
     repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
