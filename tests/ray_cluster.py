@@ -3,6 +3,7 @@
     python ray_cluster.py engine FOLDER       the executor by itself
     python ray_cluster.py lost_nodes FOLDER   no node is left that could hold the task
     python ray_cluster.py corpus FOLDER       whole corpora, with nodes and commands killed
+    python ray_cluster.py kills FOLDER        a corpus whose command is killed 25 times, with one and with two workers
 
 Each prints a line of JSON: what happened. The cluster listens on loopback alone, because the network namespace has
 nothing else.
@@ -15,7 +16,6 @@ import http.server
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from killing import copy_archive, finished_steps, kill_again_and_again
 from ray.cluster_utils import Cluster
 from test_pipeline import RESULT, Handler, settings, tree, url_list
 
@@ -185,20 +186,13 @@ def start(overrides: list[str], *more: str) -> subprocess.Popen[str]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
 def finish(command: subprocess.Popen[str]) -> dict[str, Any]:
     errors = command.communicate(timeout=240)[1]
     return {"code": command.returncode, "says": errors[-3000:]}
-
-
-def copy_archive(out: Path, to: Path) -> Path:
-    """A new corpus folder that holds the responses alone."""
-    for name in ("warc", "urls", "fetch"):
-        shutil.copytree(out / name, to / name)
-    shutil.copy(out / "shards.json", to / "shards.json")
-    return to
 
 
 def children(process: int) -> list[int]:
@@ -273,8 +267,43 @@ def corpus(folder: Path) -> dict[str, Any]:
     return said
 
 
+def kills(folder: Path) -> dict[str, Any]:
+    """The command is killed 25 times in the course of one run, with one worker and with two."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    url_list(folder, address)
+    one_go = folder / "one_go"
+    overrides = [*settings(folder, address, one_go), "shards=8"]
+    said: dict[str, Any] = {"one_go": finish(start(overrides)), "moments": {}, "trees": {}, "summaries": {}}
+    with cluster() as both:
+        both.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        for workers in (1, 2):
+            out = copy_archive(one_go, folder / f"killed{workers}")
+            on_ray = [f"out={out}", "executor=ray", f"ray.address={both.address}", f"workers={workers}"]
+
+            def begin(more: list[str] = on_ray) -> subprocess.Popen[str]:
+                return start(overrides, *more)
+
+            said["moments"][workers] = kill_again_and_again(
+                begin, out, kills=25, steps=finished_steps(one_go), seed=workers
+            )
+            said[f"killed{workers}"] = finish(begin())
+    server.shutdown()
+    for name in ("one_go", "killed1", "killed2"):
+        said["trees"][name] = tree(folder / name, *RESULT)
+        said["summaries"][name] = json.loads((folder / name / "summary.json").read_text())
+    said["left"] = [p.name for p in folder.rglob(".*.tmp")]
+    return said
+
+
 def main() -> None:
-    scenes: dict[str, Callable[..., dict[str, Any]]] = {"engine": engine, "lost_nodes": lost_nodes, "corpus": corpus}
+    scenes: dict[str, Callable[..., dict[str, Any]]] = {
+        "engine": engine,
+        "lost_nodes": lost_nodes,
+        "corpus": corpus,
+        "kills": kills,
+    }
     said = scenes[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
     print("SAID " + json.dumps(said))
 

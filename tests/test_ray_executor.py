@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,23 @@ def test_the_same_bytes_as_locally_after_nodes_and_commands_were_killed(tmp_path
         assert said[name]["code"] == 0, said[name]["says"]
         assert said["trees"][name] == said["trees"]["local"], name
     assert len(said["trees"]["local"]) > 20
+    assert said["left"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.timeout(2400)
+def test_25_kills_of_the_command_change_no_byte_and_lose_no_row(tmp_path: Path) -> None:
+    said = play("kills", tmp_path, 2300)
+    for workers, moments in said["moments"].items():
+        print(f"\nRay, {workers} workers: {dict(Counter(moments))}")
+        assert sum(not m.startswith("ended") for m in moments) == 25
+        assert Counter(moments)["half written"] >= 8
+    for name in ("one_go", "killed1", "killed2"):
+        assert said[name]["code"] == 0, said[name]["says"]
+        assert said["trees"][name] == said["trees"]["one_go"], name
+        assert said["summaries"][name] == said["summaries"]["one_go"], name
+    assert len(said["trees"]["one_go"]) > 20
     assert said["left"] == []
 
 
