@@ -21,7 +21,7 @@ from data_pipeline.crawl.rescue import Rescue
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
-from data_pipeline.records import InputError
+from data_pipeline.records import CorruptionError, InputError
 from data_pipeline.steps import Steps, plain, rows_of
 from data_pipeline.store import Step, read_json, read_marker, recorded_outputs, why_not_done, write_json
 
@@ -233,11 +233,19 @@ class Entrance:
                 raise InputError(
                     f"shards={self.config.shards}: this corpus was begun with {fixed}; give that or a new out="
                 )
+            self._keep_shards(fixed)
             return fixed
         earlier = _fixed_shards(Path(self.config.fetch.since)) if self.config.fetch.since else None
         shards = self.config.shards or earlier or max(LEAST_SHARDS, -(-count_rows() // ROWS_PER_SHARD))
-        write_json({"shards": shards}, self.out / "shards.json")
+        self._keep_shards(shards)
         return shards
+
+    def _keep_shards(self, shards: int) -> None:
+        path = self.out / "shards.json"
+        with contextlib.suppress(FileNotFoundError, CorruptionError):
+            if read_json(path, "") == {"shards": shards}:
+                return
+        write_json({"shards": shards}, path)
 
 
 def check_inputs(config: CorpusConfig, stages: Sequence[str], known: Sequence[str] = ()) -> None:
@@ -301,10 +309,19 @@ def _require_fetched(since: Path) -> None:
 
 
 def _fixed_shards(corpus: Path) -> int | None:
-    """The number of shards that a corpus was begun with."""
+    """The number of shards that a corpus was begun with. Where its file is lost or damaged, the markers know it, too.
+
+    Raises CorruptionError for a damaged file when no marker is left either.
+    """
     path = corpus / "shards.json"
-    with contextlib.suppress(FileNotFoundError):
-        return int(read_json(path, "restore it from a copy, or begin a new corpus").get("shards", 0)) or None
+    for marker in (path, corpus / "urls" / "all.done.json", corpus / "fetch" / "all.done.json"):
+        with contextlib.suppress(FileNotFoundError, CorruptionError):
+            found = read_json(marker, "")
+            if shards := found.get("shards") or found.get("settings", {}).get("shards"):
+                return int(shards)
+    if path.exists():
+        read_json(path, "restore it from a copy, or begin a new corpus")
+        raise CorruptionError(f"{path}: is damaged (no number in it); restore it from a copy, or begin a new corpus")
     return None
 
 

@@ -461,6 +461,7 @@ class Run:
         if counts["files_unchanged"]:
             rewritten, stand = counts["files"] - counts["files_unchanged"], counts["files_unchanged"]
             self.steps.reporter.say(f"tokens: {rewritten:,} files written, {stand:,} stand as they were")
+        del counts["files_unchanged"]  # of this run, not of the result
         self.steps.mark(step, counts, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
 
     # ── closing ─────────────────────────────────────────────────────────────────────────────────────────────────

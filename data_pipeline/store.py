@@ -195,12 +195,19 @@ class Hashes:
 
 
 def read_marker(step: Step) -> dict[str, Any] | None:
-    """The step's marker; None when there is none or it cannot be read."""
+    """The step's marker; None when there is none, or it is not what was written."""
     try:
         marker = json.loads(step.marker.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return marker if isinstance(marker, dict) else None
+    if not isinstance(marker, dict):
+        return None
+    return marker if marker.pop("sha256", None) == _sha256_of(marker) else None
+
+
+def _sha256_of(marker: Mapping[str, Any]) -> str:
+    """sha256 hex of a marker, as JSON with sorted keys: its counts are used, and nothing else would tell a flip."""
+    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
 
 
 def why_not_done(step: Step, hashes: Hashes) -> str | None:
@@ -257,17 +264,15 @@ def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Se
             f"{step.folder.parent / unseen[0]}: written, but not to be seen; on NFS, mount with lookupcache=positive, "
             "then run the same command again"
         )
-    write_json(
-        {
-            "stage": step.stage,
-            "version": step.version,
-            "settings": dict(step.settings),
-            "inputs": _hashes_of(step.inputs, step, hashes),
-            "outputs": written,
-            "counts": dict(counts),
-        },
-        step.marker,
-    )
+    marker = {
+        "stage": step.stage,
+        "version": step.version,
+        "settings": dict(step.settings),
+        "inputs": _hashes_of(step.inputs, step, hashes),
+        "outputs": written,
+        "counts": dict(counts),
+    }
+    write_json({**marker, "sha256": _sha256_of(marker)}, step.marker)
 
 
 def prune(folder: Path, shards: int) -> list[Path]:
