@@ -86,6 +86,9 @@ def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
         return check_generate
     if schema == "gpt2train.generation.config:ServeConfig":
         return check_serve
+    if schema.startswith("gpt2train.release.config:"):
+        module, name = schema.split(":")
+        return load(f"{module}:check_{name.removesuffix('Config').lower()}")
     if schema == "gpt2train.config:ExportConfig":
         return check_export
     if schema == "gpt2train.config:EvaluateCommandConfig":

@@ -45,6 +45,17 @@ _PHONE = re.compile(
 )
 
 
+KINDS = ("emails", "phones")
+"""What `find` tells of."""
+
+
+def find(text: str) -> list[tuple[str, int, int]]:
+    """(kind, start, stop) of each e-mail address and telephone number in `text`, in characters, by place."""
+    found = [("emails", m.start(), m.end()) for m in _EMAIL.finditer(text)] if "@" in text else []
+    found += [("phones", m.start(), m.end()) for m in _PHONE.finditer(text) if _has_phone_digits(m[0])]
+    return sorted(found, key=lambda span: span[1:])
+
+
 def mask(text: str) -> tuple[str, dict[str, int]]:
     """`text` with personal data replaced, and {"masked_emails", "masked_ips", "masked_phones"}."""
     counts = {"masked_emails": 0, "masked_ips": 0, "masked_phones": 0}
@@ -59,8 +70,12 @@ def mask(text: str) -> tuple[str, dict[str, int]]:
         text = _EMAIL.sub(lambda m: next(emails), text)
     ips, phones = replacer("masked_ips", IP_REPLACEMENTS), replacer("masked_phones", PHONE_REPLACEMENTS)
     text = _IP.sub(lambda m: next(ips) if _is_public(m[0]) else m[0], text)
-    text = _PHONE.sub(lambda m: next(phones) if 7 <= sum(c.isdigit() for c in m[0]) <= 15 else m[0], text)
+    text = _PHONE.sub(lambda m: next(phones) if _has_phone_digits(m[0]) else m[0], text)
     return text, counts
+
+
+def _has_phone_digits(number: str) -> bool:
+    return 7 <= sum(c.isdigit() for c in number) <= 15
 
 
 def _is_public(address: str) -> bool:
