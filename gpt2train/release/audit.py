@@ -61,6 +61,7 @@ def audit(config: AuditConfig) -> int:
     faults = check_audit(config)
     if faults:
         raise ConfigError(faults)
+    sentences = _sentences(config.sentences)
     folder = config.data or _recorded_data(config.run)
     split = TokenShards.open(folder, verify=False).split("train")
     model = load_model(config.run, choose_device(config.device))
@@ -73,7 +74,7 @@ def audit(config: AuditConfig) -> int:
         "continuation_tokens": config.continuation_tokens,
         "seed": config.seed,
         **audit_windows(model, split, tokenizer, config),
-        "sentences": audit_sentences(model, split, tokenizer, _sentences(config.sentences), config.batch),
+        "sentences": audit_sentences(model, split, tokenizer, sentences, config.batch),
         "personal": audit_personal(model, split, tokenizer, config),
     }
     out = Path(config.out) if config.out else _default_out(config.run)

@@ -61,7 +61,7 @@ class Classifier:
 def load(path: str) -> Classifier:
     """Raises ConfigError for a file that is no classifier of this version."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
         fits = int(found["version"]) == VERSION and found["rarity"].shape == (PLACES,)
         fits = fits and found["weights"].shape == (PLACES + len(found["mean"]),)
