@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
@@ -15,6 +14,7 @@ from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl import urls
 from data_pipeline.layout import Corpus
 from data_pipeline.records import KEPT, ConfigError, InputError
+from data_pipeline.storage.place import FOR_WHY, reading
 from data_pipeline.store import corruption_errors
 
 
@@ -25,7 +25,7 @@ class WhyConfig:
     url: str = ""
     """The URL, as it stood in the list or normalized."""
     corpus: str = "corpus"
-    """Folder of the corpus."""
+    """Folder of the corpus, or its address (s3://bucket/corpus)."""
 
 
 def find(corpus: Corpus, url: str) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def why(config: WhyConfig) -> int:
     """Print each row of the URL; return 0 when it is known, 1 when it is not."""
     if not config.url:
         raise ConfigError(["url='': must name a URL; give `gpt2train why URL corpus=corpus/`"])
-    corpus = Corpus(Path(config.corpus))
+    corpus = Corpus(reading("corpus", config.corpus, FOR_WHY))
     if not corpus.folder("ledger").is_dir():
         raise InputError(f"corpus={config.corpus}: holds no ledger; run `gpt2train corpus` first")
     rows = find(corpus, config.url)

@@ -36,6 +36,7 @@ from data_pipeline.storage.bucket import Bucket
 from data_pipeline.storage.growing import Growing, segments_of
 from data_pipeline.storage.lease import Lease
 from data_pipeline.token_shards import CorruptTokenShardsError, NotTokenShardsError, TokenShards, fetch_token_shards
+from data_pipeline.why import WhyConfig, why
 
 PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:10]
 QUICK = StorageConfig(lease_s=1.5, retry_s=20, sync_every_s=1)
@@ -594,3 +595,39 @@ def test_token_shards_are_brought_and_checked(config: CorpusConfig, memory: str,
     with pytest.raises(NotTokenShardsError, match="holds credentials") as refused:
         fetch_token_shards(f"s3://me:{SECRET}@bucket/tokens", tmp_path / "other")
     assert SECRET not in str(refused.value)
+
+
+@pytest.mark.usefixtures("_inline")
+def test_a_corpus_in_a_bucket_is_looked_at(
+    config: CorpusConfig,
+    memory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from gpt2train.commands.joined import write_report
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    remote = replace(config, out=f"{memory}/corpus")  # and no `work`: it is below the user's cache
+    build_corpus(remote)
+    assert (tmp_path / "cache" / "gpt2train" / "corpora").is_dir()
+    capsys.readouterr()
+    assert why(WhyConfig("https://site3.test/3", remote.out)) == 0
+    said = capsys.readouterr().out
+    assert "kept" in said
+    assert "tokens: " in said
+    assert write_report([f"path={remote.out}"]) == 0
+    page = Path(capsys.readouterr().out.strip())
+    assert page.read_text().startswith("<!doctype html>")
+    brought = {p.parent.name for p in page.parent.rglob("*.parquet")}
+    assert {"ledger", "documents"} <= brought
+    assert not list(page.parent.rglob("*.bin"))  # tokens are not needed, and not brought
+    assert build_corpus(replace(remote, what_if=["dedup.near=false"])) == 0
+    Bucket(f"{memory}/lists", QUICK).put("gone.txt", b"site3.test\n")
+    build_corpus(replace(remote, forget=f"{memory}/lists/gone.txt"))
+    assert why(WhyConfig("https://site3.test/3", remote.out)) == 0
+    assert "dropped at extract: forgotten" in capsys.readouterr().out
+    for place, bound in ((f"{memory}/nothing", "holds no corpus"), (f"s3://me:{SECRET}@b/c", "holds credentials")):
+        with pytest.raises(InputError, match=bound) as error:
+            why(WhyConfig("https://site3.test/3", place))
+        assert SECRET not in str(error.value)

@@ -20,6 +20,7 @@ from data_pipeline.storage.address import is_address, local_path
 from data_pipeline.storage.bucket import Bucket
 from data_pipeline.store import lock, write_json
 
+ALL = ("*",)
 OLD_INDEX = ("dedup/*.signatures.parquet", "decontaminate/*.verdicts.parquet")
 """What `dedup.against` reads of another corpus."""
 WAIT_S = 3600.0
@@ -32,9 +33,11 @@ def folder_of(address: str, work: Path, kind: str) -> Path:
     return work / kind / f"{hashlib.sha256(address.encode()).hexdigest()[:16]}-{Path(address).name}"
 
 
-def bring(address: str, work: Path, config: StorageConfig, only: tuple[str, ...] = ("*",)) -> Path:
+def bring(address: str, work: Path, config: StorageConfig, only: tuple[str, ...] = ALL) -> Path:
     """The local copy of a file or folder at `address`. Raises FileNotFoundError when there is nothing."""
-    home = folder_of(address, work, "inputs")
+    # Of one address all is brought here, and parts of it elsewhere: what one reader does not need another does.
+    kind = "inputs" if only == ALL else f"parts/{hashlib.sha256(repr(only).encode()).hexdigest()[:8]}"
+    home = folder_of(address, work, kind)
     bucket = Bucket(address, config)
     with lock(home, wait_s=WAIT_S):
         there = {n: s for n, s in bucket.list().items() if not n or any(fnmatch(n, pattern) for pattern in only)}
@@ -104,7 +107,7 @@ class Inputs:
             report=replace(c.report, domains=self._local("report.domains", c.report.domains)),
         )
 
-    def _local(self, setting: str, value: str, only: tuple[str, ...] = ("*",)) -> str:
+    def _local(self, setting: str, value: str, only: tuple[str, ...] = ALL) -> str:
         if not is_address(value):
             return local_path(value)
         try:

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.config import CorpusConfig
+from data_pipeline.config import CorpusConfig, StorageConfig
 from data_pipeline.layout import ADDRESSES
 from data_pipeline.records import InputError, StorageError
-from data_pipeline.storage.address import address_fault, is_address, shown
+from data_pipeline.storage.address import address_fault, is_address, local_path, shown
 from data_pipeline.storage.bucket import Bucket
-from data_pipeline.storage.copies import Inputs, folder_of
+from data_pipeline.storage.copies import Inputs, bring, folder_of
 from data_pipeline.storage.lease import Lease
 from data_pipeline.storage.mirror import Mirror
 from data_pipeline.store import Step, write_json
@@ -102,16 +102,23 @@ class Place:
             self._mirror.send_step(step, beside)
 
 
-def reading(place: str, work: str, only: tuple[str, ...]) -> Path:
-    """A folder to read a corpus in: `place` itself, or local copies of what `only` names of it. Raises InputError."""
-    from data_pipeline.config import StorageConfig
-    from data_pipeline.storage.copies import bring
+FOR_WHY = ("ledger/*.parquet", "tokens/documents.parquet")
+FOR_REPORT = ("summary.json", "ledger/*.parquet", "documents/*.parquet", "dedup/*.parquet", "tokens/documents.parquet")
+"""What a reader needs of a corpus: token shards and WARC files stay where they are."""
 
+
+def reading(setting: str, place: str, only: tuple[str, ...]) -> Path:
+    """A folder to read a corpus in: `place` itself, or local copies of what `only` names of it.
+
+    Raises InputError, which names `setting`, for a place that cannot be read.
+    """
     if not is_address(place):
-        return Path(place)
+        return Path(local_path(place))
     if fault := address_fault(place):
-        raise InputError(f"corpus={shown(place)}: {fault}; see docs/storage.md")
+        raise InputError(f"{setting}={shown(place)}: {fault}; see docs/storage.md")
     try:
-        return bring(place, work_folder(work), StorageConfig(), only)
+        return bring(place, work_folder(""), StorageConfig(), only)
     except FileNotFoundError:
-        raise InputError(f"corpus={place}: there is nothing; check the bucket and the name") from None
+        raise InputError(f"{setting}={place}: holds no corpus; check the bucket and the name") from None
+    except StorageError as e:
+        raise InputError(f"{setting}={e}") from None

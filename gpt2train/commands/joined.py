@@ -174,6 +174,10 @@ def write_report(overrides: Sequence[str]) -> int:
     """The report of a corpus or of a run, by what lies in the folder; prints where it is."""
     config = compose(ReportConfig, overrides)
     folder = Path(config.path)
+    if "://" in config.path:
+        from data_pipeline.storage.place import FOR_REPORT, reading
+
+        folder = reading("path", config.path, FOR_REPORT)
     if not config.path or not folder.is_dir():
         raise ConfigError(
             [f"path={config.path}: must be the folder of a corpus or a run; give gpt2train report FOLDER"]
