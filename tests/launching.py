@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -57,6 +59,14 @@ def processes_in(folder: Path) -> list[int]:
             if named and alive(int(entry.name)):
                 found.append(int(entry.name))
     return found
+
+
+def freeze(run_dir: Path, ranks: int) -> list[int]:
+    """Stop the ranks of a run where they are, so that what a test does next comes in the middle of it. Their pids."""
+    pids = [json.loads((run_dir / "logs" / f"rank_{n}.started").read_text())["rank_pid"] for n in range(ranks)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    return pids
 
 
 def nobody_left(folder: Path, within_s: float) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import HARMLESS, RANK, alive, nobody_left, processes_in
+from launching import HARMLESS, RANK, alive, freeze, nobody_left, processes_in
 from ssh_hosts import ADDRESSES, Hosts, missing, two_hosts
 from training import TINY, read_metrics, write_tokens, written_steps
 
@@ -485,7 +485,7 @@ def test_settings_as_words_there_and_back() -> None:
 # ---------------------------------------------------------------------------------------- two hosts, an sshd on each
 
 SETTINGS = {**TINY, "checkpoint.every_steps": 10, "evaluate.every_steps": 0, "distributed.timeout_s": 120}
-STEPS_OF_RUN = 40
+STEPS_OF_RUN = 60
 
 
 @pytest.fixture
@@ -527,7 +527,9 @@ def test_a_dead_host_ends_the_run_and_the_same_command_resumes_it(tmp_path: Path
             assert first.poll() is None, first.communicate()
             assert time.monotonic() < deadline_s, "no steps"
             time.sleep(0.02)
+        frozen = freeze(run_dir, 2)
         hosts.pull_the_plug(1)
+        os.kill(frozen[0], signal.SIGCONT)
         _, err = first.communicate(timeout=240)
     finally:
         first.kill()

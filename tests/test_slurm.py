@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import slurm_cluster
-from launching import HARMLESS, RANK, nobody_left, processes_in
+from launching import HARMLESS, RANK, freeze, nobody_left, processes_in
 from training import TINY, read_metrics, write_tokens, written_steps
 
 from gpt2train.cli import main
@@ -364,7 +364,7 @@ folder = pathlib.Path(sys.argv[1])
 (folder / "count").write_text(str([len(p.read_text().splitlines()) for p in folder.glob("t */metrics.jsonl")]))
 """
 
-STEPS = 40
+STEPS = 60
 SETTINGS = {**TINY, "checkpoint.every_steps": 10, "evaluate.every_steps": 0, "distributed.timeout_s": 120}
 SUBMIT = """
 import json, pathlib, sys
@@ -427,12 +427,13 @@ def test_a_real_slurm(tmp_path: Path) -> None:
 
         # Training is under way on both nodes: something more urgent comes.
         until(cluster, lambda: written_steps(run_dir) >= 13, "13 steps of training")
+        freeze(run_dir, 2)  # until Slurm sends SIGCONT and SIGTERM (slurm.conf(5), GraceTime)
+        assert written_steps(run_dir) < STEPS
         urgent = cluster.run(
             ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 1"]
         )
         assert urgent.returncode == 0, urgent.stderr
         until(cluster, lambda: cluster.state(urgent.stdout.strip()).startswith("COMPLETED"), "the urgent job")
-        assert written_steps(run_dir) < STEPS, "it was preempted"
         local = subprocess.Popen(
             words("local", undisturbed, "processes=2"),
             cwd=place,
@@ -489,3 +490,67 @@ def until(cluster: slurm_cluster.Cluster, done: Any, what: str, timeout_s: float
     while not done():
         assert time.monotonic() < deadline_s, f"{what} did not come:\n{cluster.logs()}"
         time.sleep(0.1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_sweep_of_real_runs_by_slurm(tmp_path: Path) -> None:
+    """Four runs as an array job, two at a time on two nodes; everything is preempted again and again. The curves are
+    those of the same sweep on this machine, and the table is there."""
+    if why := slurm_cluster.missing():
+        pytest.skip(why)
+    tokens = write_tokens(tmp_path / "tokens")
+    settings = [f"{key}={value}" for key, value in {**SETTINGS, "checkpoint.every_steps": 7}.items()]
+    settings = [s for s in settings if not s.startswith(("model.channels", "optimizer.lr="))]
+    axes = ["model.channels=16,32", "optimizer.lr=1e-3,2e-3"]
+
+    def words(out: Path, *more: str) -> list[str]:
+        given = [f"data={tokens}", f"out={out}", "steps=60", "processes=1", *more, *axes, *settings]
+        return [sys.executable, "-m", "gpt2train", "sweep", *given]
+
+    def curves(out: Path) -> dict[str, dict[int, float]]:
+        return {path.parent.name: read_metrics(path.parent)[0] for path in sorted(out.glob("*/metrics.jsonl"))}
+
+    preempted = 0
+    with slurm_cluster.cluster(tmp_path / "slurm") as cluster:
+        out = tmp_path / "swept by slurm"
+        given = ["launcher=slurm", "slurm.partition=normal", "slurm.time=2", "slurm.warning_s=30"]
+        done = cluster.run(words(out, *given), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        array = done.stdout.strip()
+        deadline_s = time.monotonic() + 1800
+        while not (out / "scaling.json").exists():
+            assert time.monotonic() < deadline_s, cluster.run(["squeue"]).stdout + cluster.logs()
+            before = sum(map(len, curves(out).values())) if out.exists() else 0
+            time.sleep(1.0)
+            if preempted < 4 and before > 30 * (preempted + 1):
+                urgent = [
+                    "sbatch",
+                    "--parsable",
+                    "--partition=urgent",
+                    "--nodes=2",
+                    "--output=/dev/null",
+                    "--wrap=sleep 1",
+                ]
+                number = cluster.run(urgent).stdout.strip()
+                until(cluster, lambda n=number: cluster.state(n).startswith("COMPLETED"), "the urgent job", 400)
+                preempted += 1
+        states = cluster.run(["scontrol", "show", "job", array, "--oneliner"]).stdout
+        until(cluster, lambda: not cluster.run(["squeue", "--noheader"]).stdout.strip(), "the end of all jobs")
+    said = "".join(path.read_text() for path in (out / "logs").glob(f"slurm-{array}_*.out"))
+    requeued = said.count("saved and stopped; the job is RUNNING")
+    alone = tmp_path / "swept here"
+    done = subprocess.run(
+        words(alone),
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stderr
+    assert curves(out) == curves(alone), states
+    assert [len(curve) for curve in curves(out).values()] == [60] * 4
+    assert preempted >= 2
+    assert requeued >= preempted
+    print(f"{preempted} preemptions, {requeued} tasks saved and were requeued, {len(curves(out))} equal curves")
