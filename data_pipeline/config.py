@@ -147,7 +147,11 @@ class ExtractConfig:
     min_characters: int = 100
     """Pages whose text is shorter drop as `no_text`."""
     fast: bool = True
-    """trafilatura without its fallback extractors first; pages under 500 characters get the full way."""
+    """Take resiliparse's main content where it covers most of the visible text, which is as good as trafilatura's
+    there and five times as fast; off: trafilatura judges every page."""
+    skip_other_languages: bool = True
+    """Leave out pages whose visible text is surely in none of the languages of `language.keep`, before extraction
+    (reason `language`)."""
     favor_recall: bool = False
     """Keep more of a page when in doubt; for documentation and reference pages, which are lists rather than prose."""
     tables: bool = True

@@ -211,6 +211,8 @@ class Run:
             return  # its rows entered as documents
         self.steps.require("extract", [self.corpus.table("fetch", k) for k in range(self.steps.shards)], "fetch")
         forgotten, settings = self._forgotten(), plain(self.config.extract)
+        if languages := self._languages():
+            settings["language.keep"] = languages
         outputs = [
             (self.corpus.table("extract", k), self.corpus.verdicts("extract", k)) for k in range(self.steps.shards)
         ]
@@ -233,7 +235,7 @@ class Run:
                 return tasks.forget_pages, (self.out, k)
             if k in parts:
                 return tasks.join_extracted, (self.out, k, parts[k])
-            return tasks.extract_pages, (self.out, k, self.config.extract)
+            return tasks.extract_pages, (self.out, k, self.config.extract, languages)
 
         self.steps.by_shard(
             "extract",
@@ -245,6 +247,10 @@ class Run:
             rows=lambda k: 0 if k in parts else rows_of(self.corpus.table("fetch", k)),
         )
         shutil.rmtree(self.corpus.folder("extract_parts"), ignore_errors=True)
+
+    def _languages(self) -> list[str]:
+        """The languages that extraction looks for; empty: it takes all."""
+        return sorted(self.config.language.keep) if self.config.extract.skip_other_languages else []
 
     def _extract_parts(self, steps: Sequence[Step]) -> dict[int, list[tuple[Path, Path]]]:
         """Extract shards that are much larger than the others in parts, so that all workers share a large domain.
@@ -272,7 +278,7 @@ class Run:
 
         def make(step: Step) -> Task:
             k, start = place[step.name]
-            arguments = (self.out, k, self.config.extract, start, most, step.outputs)
+            arguments = (self.out, k, self.config.extract, self._languages(), start, most, step.outputs)
             return Task(f"extract {step.name}", tasks.extract_rows, arguments)
 
         if work:

@@ -1,11 +1,14 @@
 """summary.json, ledger and documents → what a person reads: tables on the terminal, and one self-contained HTML file.
 
 The file holds no script and loads nothing: it opens from a disk, in a mail, behind any firewall. One pass over the
-ledger, one over the documents; in memory stay counts and a few samples."""
+ledger, one over the documents, and a look at the pages of the samples in their WARC files; in memory stay counts
+and a few samples."""
 
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.clean.html_text import visible_lines
+from data_pipeline.crawl import warc
 from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
 from data_pipeline.records import KEPT, CorruptionError, InputError
@@ -24,7 +29,7 @@ from data_pipeline.store import corruption_errors, read_json, write_atomic
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 AGAIN = "run `gpt2train corpus` again, which makes it anew"
 SAMPLES = 6
-SAMPLE_CHARACTERS = 1_200
+SAMPLE_CHARACTERS = 2_400
 REASON_SAMPLES = 3
 CLUSTERS = 8
 CLUSTER_SAMPLES = 4
@@ -81,6 +86,7 @@ def write_corpus_report(corpus: Corpus) -> Path:
     lengths: Counter[int] = Counter()
     languages: Counter[str] = Counter()
     samples: list[dict[str, Any]] = []
+    documents = characters = 0
     for file in sorted(corpus.folder("documents").glob("[0-9]*.parquet")):
         with corruption_errors(file):
             parquet = pq.ParquetFile(file)
@@ -88,6 +94,7 @@ def write_corpus_report(corpus: Corpus) -> Path:
                 for row in batch.to_pylist():
                     domains[row["domain"] or "—"] += 1
                     languages[row["language"] or "—"] += 1
+                    documents, characters = documents + 1, characters + len(row["text"])
                     lengths[max(i for i, least in enumerate(LENGTH_BINS) if len(row["text"]) >= least)] += 1
             first = next(parquet.iter_batches(batch_size=1), None)
             if first is not None and first.num_rows and len(samples) < SAMPLES:
@@ -103,8 +110,16 @@ def write_corpus_report(corpus: Corpus) -> Path:
         clusters=_clusters(corpus),
         domains=_bars(domains.most_common(TOP_DOMAINS)),
         languages=_bars(languages.most_common(10)),
-        lengths=_bars([(f"≥ {LENGTH_BINS[i]:,}", lengths[i]) for i in sorted(lengths)]),
-        samples=[_sample(row) for row in samples],
+        # Bins without a document between others stay, so that the bars are a histogram.
+        lengths=_bars(
+            [
+                (f"≥ {LENGTH_BINS[i]:,}", lengths[i])
+                for i in range(min(lengths, default=0), max(lengths, default=-1) + 1)
+            ]
+        ),
+        documents=documents,
+        characters=characters,
+        samples=[_sample(row, corpus.out) for row in samples],
     )
     with write_atomic(corpus.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -192,13 +207,45 @@ def _clusters(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _sample(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A document for the report: its text's beginning, and the numbers behind it as short text."""
+def _sample(row: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """A document for the report: its text's beginning beside its page's, and the numbers behind it as short text."""
     numbers = json.loads(row["numbers"] or "{}")
     shown = [
         f"{name} {value:,}" if isinstance(value, int | float) else f"{name} {value}" for name, value in numbers.items()
     ]
-    return {**row, "text": row["text"][:SAMPLE_CHARACTERS], "characters": len(row["text"]), "shown": shown}
+    page, no_page = _page_lines(row, out)
+    text = row["text"][:SAMPLE_CHARACTERS]
+    return {**row, "text": text, "characters": len(row["text"]), "shown": shown, "page": page, "no_page": no_page}
+
+
+def _page_lines(row: Mapping[str, Any], out: Path) -> tuple[list[tuple[str, bool]], str]:
+    """The beginning of what the page of a document shows, line by line, and whether the line is in the document's text.
+
+    Without a page at hand (texts from a dataset, a WARC file that is gone, a page that was taken down) there are no
+    lines, and the second part says so.
+    """
+    if not row["warc_file"]:
+        return [], "This text entered without a page."
+    try:
+        response = warc.read_response(out / row["warc_file"], row["warc_offset"])
+        lines = visible_lines(response.body, response.content_type)
+    except (warc.WarcError, OSError) as e:
+        return [], f"The page is not at hand: {type(e).__name__}."
+    kept = _bare(row["text"])
+    found: list[tuple[str, bool]] = []
+    size = 0
+    for line in lines:
+        if size > 2 * SAMPLE_CHARACTERS:
+            break
+        size += len(line)
+        found.append((line[:SAMPLE_CHARACTERS], _bare(line) in kept))
+    return found, "The page shows no text."
+
+
+def _bare(text: str) -> str:
+    """The words of `text` alone, by which a line of a page is known again in the text that was made of it."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", text))
+    return f" {' '.join(words)} "
 
 
 def _bars(rows: list[tuple[str, int]]) -> list[tuple[str, int, float]]:

@@ -158,15 +158,25 @@ def split_rescue_index(indexes: Sequence[Path], outputs: Sequence[Path], config:
     return rescue.split_index(indexes, outputs, config)
 
 
-def extract_pages(out: Path, k: int, config: ExtractConfig) -> dict[str, Any]:
+def extract_pages(out: Path, k: int, config: ExtractConfig, languages: Sequence[str]) -> dict[str, Any]:
     corpus = Corpus(out)
-    return extract_rows(out, k, config, 0, None, (corpus.table("extract", k), corpus.verdicts("extract", k)))
+    outputs = (corpus.table("extract", k), corpus.verdicts("extract", k))
+    return extract_rows(out, k, config, languages, 0, None, outputs)
 
 
 def extract_rows(
-    out: Path, k: int, config: ExtractConfig, start: int, rows: int | None, outputs: tuple[Path, Path]
+    out: Path,
+    k: int,
+    config: ExtractConfig,
+    languages: Sequence[str],
+    start: int,
+    rows: int | None,
+    outputs: tuple[Path, Path],
 ) -> dict[str, Any]:
-    """Documents and verdicts of `rows` pages (None: all) of shard `k`, from row `start` on."""
+    """Documents and verdicts of `rows` pages (None: all) of shard `k`, from row `start` on.
+
+    `languages`: pages surely in none of them are left out; empty: all are taken.
+    """
     corpus = Corpus(out)
 
     def read_body(page: dict[str, Any]) -> tuple[bytes, str] | Rejected:
@@ -182,7 +192,7 @@ def extract_rows(
     pages = pq.read_table(corpus.table("fetch", k)).slice(start, rows)
     forgotten = (forget.read_forget_list(corpus) or forget.ForgetList(frozenset(), {})).rows(pages)
     gone = pc.is_in(pages["index"], value_set=pa.array(list(forgotten), pa.int64()))
-    documents, verdicts = extract.extract_shard(pages.filter(pc.invert(gone)), config, read_body)
+    documents, verdicts = extract.extract_shard(pages.filter(pc.invert(gone)), config, read_body, languages)
     refused = pages.filter(gone).select(["index", "url"]).to_pylist()
     taken_down = verdict_table(
         [Verdict(p["index"], p["url"], DROPPED, forget.REASON, forgotten[p["index"]]) for p in refused]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,7 +69,7 @@ def parse(overrides: Sequence[str], now: CorpusConfig) -> CorpusConfig:
 
 def stored_ends(corpus: Corpus) -> Ends:
     """Where each row that was extracted ended, by filter and dedup."""
-    ends: Ends = {}
+    ends: Ends = {index: ("extract", "language") for index, _ in _left_out(corpus)}
     for stage in ("filter", "dedup"):
         for path in sorted(corpus.folder(stage).glob("[0-9]*.verdicts.parquet")):
             table = pq.read_table(path, columns=["index", "reason"])
@@ -83,7 +83,10 @@ def replay(corpus: Corpus, config: CorpusConfig) -> Ends:
 
     Raises ConfigError when a rule that is on looks at a number that was not measured.
     """
-    ends: Ends = {}
+    ends: Ends = {
+        index: ("filter", NOT_MEASURED) if _fits_language(numbers, config) else ("extract", "language")
+        for index, numbers in _left_out(corpus)
+    }
     signatures = []
     for verdicts in sorted(corpus.folder("filter").glob("[0-9]*.verdicts.parquet")):
         table = pq.read_table(verdicts, columns=["index", "numbers"])
@@ -106,11 +109,21 @@ def replay(corpus: Corpus, config: CorpusConfig) -> Ends:
     return ends
 
 
+def _left_out(corpus: Corpus) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(index, numbers) of rows that were surely in another language, so that they were never extracted."""
+    for verdicts in sorted(corpus.folder("extract").glob("[0-9]*.verdicts.parquet")):
+        table = pq.read_table(verdicts, columns=["index", "reason", "numbers"])
+        for row in table.filter(pc.equal(table["reason"], "language")).to_pylist():
+            yield row["index"], json.loads(row["numbers"])
+
+
+def _fits_language(numbers: dict[str, Any], config: CorpusConfig) -> bool:
+    keep, least = config.language.keep, config.language.min_score
+    return not keep or (numbers["language"] in keep and float(numbers["language_score"]) >= least)
+
+
 def _filter_end(numbers: dict[str, Any], config: CorpusConfig) -> tuple[str, str]:
-    language = config.language
-    if language.keep and (
-        numbers["language"] not in language.keep or float(numbers["language_score"]) < language.min_score
-    ):
+    if not _fits_language(numbers, config):
         return "filter", "language"
     if "characters" not in numbers:
         return "filter", NOT_MEASURED

@@ -457,7 +457,8 @@ def test_the_report_in_a_browser(built: tuple[CorpusConfig, Path], tmp_path: Pat
     by_url = documents(built[1])
     for pair in dom.xpath("//div[@class='pair']"):
         address = pair.xpath("string(div/a)") or "javascript:alert(1)//<script>"
-        assert str(by_url[address]["text"]).startswith(pair.xpath("string(pre)").strip()[:400])
+        assert str(by_url[address]["text"]).startswith(pair.xpath("string(pre[2])").strip()[:400])
+        assert pair.xpath("string(pre[1])").strip() == "This text entered without a page."
 
 
 def test_domains_beside_a_list(crawl: CorpusConfig, tmp_path: Path) -> None:

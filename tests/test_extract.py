@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -20,6 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from benchmarks import corpus
+from data_pipeline.clean import main_content
 from data_pipeline.clean.extract import Extractor, ExtractorError, extract_shard, text_digest
 from data_pipeline.clean.html_text import Extracted, Rejected, clean_text, decode, meta_robots, page_text
 from data_pipeline.config import ExtractConfig
@@ -62,6 +65,72 @@ def test_word_f1_against_gold_texts() -> None:
         scores.append(word_f1(outcome.text if isinstance(outcome, Extracted) else "", gold[name]["main_content"]))
     assert len(scores) > 50
     assert sum(scores) / len(scores) > 0.90
+
+
+def _held_out(name: str) -> bool:
+    """Whether a page is of the half that no bound of `main_content` was chosen by."""
+    return int(hashlib.md5(name.encode()).hexdigest(), 16) % 2 == 1
+
+
+@needs_pages
+def test_the_fast_way_is_no_worse_than_trafilatura_on_pages_that_taught_it_nothing() -> None:
+    gold = {p.stem: json.loads(p.read_text())["main_content"] for p in sorted((SHARED / "pages" / "gold").iterdir())}
+    chosen = [name for name, text in gold.items() if text and _held_out(name)][::6]
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    judges = Counter[str]()
+    for name in chosen:
+        body = (SHARED / "pages" / "html" / f"{name}.html").read_bytes()
+        for fast in (True, False):
+            outcome = one_page(body, respect_noai=False, min_characters=0, metadata=False, fast=fast)
+            assert isinstance(outcome, Extracted) or outcome.reason == "no_text"
+            scores[fast].append(corpus.f1(outcome.text if isinstance(outcome, Extracted) else "", gold[name]))
+            if fast:
+                judges[str(outcome.numbers["judge"])] += 1
+            else:
+                assert outcome.numbers["judge"] == "trafilatura"
+    assert len(chosen) > 80
+    assert sum(scores[True]) >= sum(scores[False]) - 0.003 * len(chosen)
+    assert judges["resiliparse"] > 0.65 * len(chosen)  # or it is not fast
+
+
+def test_the_fast_way_writes_texts_as_the_other_does() -> None:
+    items = "".join(f"<li>{SENTENCE}</li>" for _ in range(3))
+    table = "<table><tr><th>Door</th><th>Color</th></tr><tr><td>first</td><td>vermilion</td></tr></table>"
+    body = (
+        f"<html><body><article><h1>Doors</h1><p>{SENTENCE * 6}</p><h2>More</h2><p>Two\u00a0words  apart.</p>"
+        f"<ol>{items}</ol><pre>def door():\n    return 1</pre>{table}<p>The end of it, at last.</p></article>"
+        '<div id="comments"><p>Firstposter was here.</p><div class="comment-list">Me, too.</div></div>'
+        '<div role="dialog">Accept all cookies?</div></body></html>'
+    ).encode()
+    found = one_page(body)
+    assert isinstance(found, Extracted)
+    assert found.numbers["judge"] == "resiliparse"
+    assert found.text.split("\n") == [
+        "Doors",
+        (SENTENCE * 6).strip(),
+        "More",
+        "Two words apart.",
+        *(f"{i}. {SENTENCE.strip()}" for i in (1, 2, 3)),
+        "def door():",
+        "    return 1",
+        "Door | Color",
+        "first | vermilion",
+        "The end of it, at last.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "tidied"),
+    [
+        ("  • one\n\n    • nested\n\n  • \n\n  • two", "- one\n  - nested\n- two"),
+        ("  10. ten\n\n1984. A year.", "10. ten\n1984. A year."),
+        ("a\n\n\n\nb\n |\n--\nc", "a\nb\nc"),
+        ("a\t\tb\n\t\tindented", "a | b\n\t\tindented"),
+        ("", ""),
+    ],
+)
+def test_tidy(text: str, tidied: str) -> None:
+    assert main_content.tidy(text) == tidied
 
 
 def test_title_author_and_date_and_none_later_than_the_fetch() -> None:
@@ -416,7 +485,7 @@ def _pages(rows: list[tuple[int, str]]) -> pa.Table:
                 "fetched_at": "2026-11-01T00:00:00Z",
                 "warc_file": name,
                 "warc_offset": index * 10,
-                "payload_digest": "",
+                "payload_digest": name,
             }
             for index, name in rows
         ],
@@ -447,6 +516,30 @@ def test_shard_accounts_for_every_page_in_index_order() -> None:
     assert first["url"] == "https://example.org/good"
     assert first["digest"] == text_digest(first["text"])
     assert (first["warc_file"], first["warc_offset"], first["domain"]) == ("good", 10, "example.org")
+
+
+def test_the_same_bytes_are_extracted_once_and_give_what_each_would() -> None:
+    head = "<html><head><title>Doors</title></head>"
+    body = f"{head}<body><article><h1>Doors</h1><p>{SENTENCE * 6}</p></article></body></html>".encode()
+    # A date in the URL is the page's date: those are other outcomes.
+    names = ["a", "b", "2024/05/17/c", "2024/05/17/c", "2023/01/02/e", "f"]
+    pages = _pages(list(enumerate(names)))
+    digest = pages.schema.get_field_index("payload_digest")
+    repeated = pages.set_column(digest, "payload_digest", pa.array(["same"] * 5 + ["other"], pa.string()))
+    single = pages.set_column(digest, "payload_digest", pa.array([f"digest {i}" for i in range(6)], pa.string()))
+    asked: list[str] = []
+    extract = Extractor.extract
+
+    def counted(self: Extractor, body: bytes, url: str, *rest: str) -> Extracted | Rejected:
+        asked.append(url)
+        return extract(self, body, url, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Extractor, "extract", counted)
+        found = extract_shard(repeated, ExtractConfig(), lambda page: (body, "text/html"))
+    assert [url.removeprefix("https://example.org/final/") for url in asked] == [names[i] for i in (0, 2, 4, 5)]
+    assert found == extract_shard(single, ExtractConfig(), lambda page: (body, "text/html"))
+    assert found[0]["date"].to_pylist() == [None, None, "2024-05-17", "2024-05-17", "2023-01-02", None]
 
 
 def test_empty_shard() -> None:

@@ -170,7 +170,7 @@ def test_every_line_of_the_list_ends_in_the_state_it_must(built: tuple[Path, Pat
         str(row["url"]).split(".test", 1)[-1].split("/", 1)[-1]: row for row in rows if row["reason"] != "duplicate_url"
     }
     expected = {
-        "german": ("dropped", "filter", "language"),
+        "german": ("dropped", "extract", "language"),  # surely German: it is not even extracted
         "noindex": ("dropped", "fetch", "noindex"),
         "image": ("dropped", "fetch", "wrong_type"),
         "gone": ("failed", "fetch", "http_status"),
@@ -438,7 +438,7 @@ def test_why_tells_what_became_of_a_url(built: tuple[Path, Path, str]) -> None:
     german = next(u for u in urls if u.endswith("/german"))
     good = next(u for u in urls if u.endswith("/good/5"))
     for url, code, parts in (
-        (german, 0, ["dropped at filter: language", "language_score"]),
+        (german, 0, ["dropped at extract: language", "language_score"]),
         (good, 0, ["kept", "tokens: "]),
         ("http://never.test/", 1, ["never seen"]),
     ):

@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import selectors
 import signal
 import struct
@@ -28,17 +29,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 import pyarrow as pa
 
+from data_pipeline.clean import first_look
 from data_pipeline.clean.html_text import Extracted, Rejected, page_text
 from data_pipeline.config import ExtractConfig
 from data_pipeline.records import (
     DOCUMENT_SCHEMA,
+    DROPPED,
     FAILED,
     PipelineError,
     Verdict,
@@ -74,8 +77,12 @@ class Extractor:
         outcome = extractor.extract(body, "https://example.org/", "text/html; charset=utf-8")
     """
 
-    def __init__(self, config: ExtractConfig, pages_per_process: int = PAGES_PER_PROCESS) -> None:
+    def __init__(
+        self, config: ExtractConfig, pages_per_process: int = PAGES_PER_PROCESS, languages: Sequence[str] = ()
+    ) -> None:
+        """`languages`: pages surely in none of them are left out before extraction; empty: all are taken."""
         self.config = config
+        self.languages = list(languages)
         self.pages_per_process = pages_per_process
         self._child: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
@@ -104,7 +111,7 @@ class Extractor:
             ExtractorError: the process cannot be started.
         """
         if len(body) > self.config.max_html_bytes:  # not worth sending
-            return page_text(body, url, content_type, fetched_at, self.config)
+            return page_text(body, url, content_type, fetched_at, self.config, self.languages)
         header = json.dumps({"url": url, "content_type": content_type, "fetched_at": fetched_at}).encode()
         request = _REQUEST.pack(len(header), len(body)) + header + body
         numbers = {"html_bytes": len(body)}
@@ -197,7 +204,9 @@ class Extractor:
         assert self._child.stdout is not None
         os.set_blocking(self._child.stdin.fileno(), False)
         os.set_blocking(self._child.stdout.fileno(), False)
-        settings = json.dumps({"parent": os.getpid(), "config": dataclasses.asdict(self.config)}).encode()
+        settings = json.dumps(
+            {"parent": os.getpid(), "config": dataclasses.asdict(self.config), "languages": self.languages}
+        ).encode()
         self._exchange(_RESPONSE.pack(len(settings)) + settings, START_TIMEOUT_S)
 
     def _exchange(self, request: bytes, timeout_s: float) -> dict:
@@ -242,31 +251,56 @@ def _how_it_ended(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
+# What htmldate takes for a date in a URL begins with a year; all that follows on it counts, too.
+_YEAR = re.compile(r"(?:19|20)\d\d.*")
+
+
+def _repeated(digests: pa.ChunkedArray) -> frozenset[str]:
+    """The values that occur more than once."""
+    counts = digests.drop_null().value_counts()
+    return frozenset(c["values"] for c in counts.to_pylist() if c["counts"] > 1)
+
+
 def text_digest(text: str) -> str:
     """A document's `digest`: sha256 hex of its text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def extract_shard(
-    pages: pa.Table, config: ExtractConfig, read_body: Callable[[dict[str, Any]], tuple[bytes, str] | Rejected]
+    pages: pa.Table,
+    config: ExtractConfig,
+    read_body: Callable[[dict[str, Any]], tuple[bytes, str] | Rejected],
+    languages: Sequence[str] = (),
 ) -> tuple[pa.Table, pa.Table]:
     """Documents (DOCUMENT_SCHEMA) and verdicts (VERDICT_SCHEMA, one for each page), both sorted by index.
+
+    Of pages with the same bytes only the first is extracted, the others get what it got.
 
     Args:
         pages: PAGE_SCHEMA, in any order.
         read_body: a page's row → (body with Content-Encoding undone, Content-Type header), or why it cannot be read.
             What it raises ends the shard.
+        languages: pages surely in none of them are left out; empty: all are taken.
     """
+    again = _repeated(pages["payload_digest"])
+    known: dict[tuple[str, ...], Extracted | Rejected] = {}
     documents: list[dict[str, object]] = []
     verdicts: list[Verdict] = []
-    with Extractor(config) as extractor:
+    with Extractor(config, languages=languages) as extractor:
         for page in pages.sort_by("index").to_pylist():
             response = read_body(page)
             if isinstance(response, Rejected):
                 outcome: Extracted | Rejected = response
             else:
-                address = page["final_url"] or page["url"]
-                outcome = extractor.extract(response[0], address, response[1], page["fetched_at"] or "")
+                address, day = page["final_url"] or page["url"], page["fetched_at"] or ""
+                # All that an outcome depends on. Of the URL that is its year alone, which may date the page.
+                key = (page["payload_digest"] or "", response[1], day[:10], *_YEAR.findall(address))
+                if key[0] in again and key in known:
+                    outcome = known[key]
+                else:
+                    outcome = extractor.extract(response[0], address, response[1], day)
+                if key[0] in again and (isinstance(outcome, Extracted) or outcome.state == DROPPED):
+                    known[key] = outcome
             if isinstance(outcome, Rejected):
                 verdicts.append(
                     Verdict(page["index"], page["url"], outcome.state, outcome.reason, outcome.detail, outcome.numbers)
@@ -308,7 +342,7 @@ def _child_main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a stray print must not get between the frames
     settings = json.loads(_read_exactly(requests, _RESPONSE.unpack(_read_exactly(requests, _RESPONSE.size))[0]))
-    config = ExtractConfig(**settings["config"])
+    config, languages = ExtractConfig(**settings["config"]), settings["languages"]
 
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -319,8 +353,11 @@ def _child_main() -> None:
     import resiliparse.extract.html2text
     import resiliparse.parse.encoding
     import resiliparse.parse.html
+    import resiliparse.parse.lang
     import trafilatura
 
+    if languages:
+        first_look.load()
     del lxml, resiliparse, trafilatura  # only loaded here, so that no page pays for it and the limit starts after it
     logging.disable(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -340,7 +377,7 @@ def _child_main() -> None:
         signal.setitimer(signal.ITIMER_PROF, config.timeout_s)
         signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * config.timeout_s + 5.0)
         try:
-            outcome = page_text(body, page["url"], page["content_type"], page["fetched_at"], config)
+            outcome = page_text(body, page["url"], page["content_type"], page["fetched_at"], config, languages)
         except MemoryError:
             _answer(answers, {"memory": True})
             return
