@@ -208,7 +208,7 @@ def test_known_texts_are_measured_and_a_new_one_judged(
     assert p_values[0] < 1e-6 < p_values[1]
     assert float(lines[0].split()[-1].rstrip("%")) > 50 > float(lines[1].split()[-1].rstrip("%"))
     page = (tmp_path / "p" / "page.html").read_text()
-    assert "&lt;b&gt;" in page
+    assert "&lt;" in page
     assert "<b>" not in page
     shown = re.sub(r"<[^>]*>", "", page[page.rindex('<p class="text">') : page.rindex("</p>")])
     assert shown == "a &lt;b&gt;tag&lt;/b&gt; 日本"
