@@ -15,6 +15,7 @@ from typing import Any
 
 from gpt2train.bounds import check, check_export, run_faults
 from gpt2train.commands.help import COMPLETION, command_help, complete, overview
+from gpt2train.commands.settings_files import expand
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
 from gpt2train.config import ConfigError
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"-h", "--help"} & set(overrides):
             print(command_help(name))
             return 0
-        return _run(name, overrides)
+        return _run(name, expand(overrides))
     except KeyboardInterrupt:
         print(f"gpt2train {name}: interrupted; run the same command again to go on", file=sys.stderr)
         return 130

@@ -2,7 +2,8 @@
 
 The rooms:
 
-    table   each command: what it is for, its settings, the function that runs it
-    help    --help and tab completion
-    joined  launch, sweep and report: commands that join packages
+    table           each command: what it is for, its settings, the function that runs it
+    settings_files  `@FILE`: settings that stand in a file
+    help            --help and tab completion
+    joined          launch, sweep and report: commands that join packages
 """

@@ -19,7 +19,7 @@ def overview() -> str:
     lines = [
         "gpt2train: from a list of URLs to a trained, evaluated, releasable GPT-2.",
         "",
-        "usage: gpt2train COMMAND [key=value …]      gpt2train COMMAND --help",
+        "usage: gpt2train COMMAND [key=value …] [@FILE]      gpt2train COMMAND --help",
         "",
         *(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()),
         "",
