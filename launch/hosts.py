@@ -120,14 +120,12 @@ def run_hosts(
     """One attempt. received: stop signals that came to the launcher.
 
     At the first attempt (`restart` 0) a host that cannot be reached or used raises LaunchError or ConfigError, which
-    name them all; later it is a lost machine, which may come back.
+    name them all; later it is a lost machine, which may come back, or is not yet all there after its own start.
     """
     with _Lines(config, hosts, log_dir) as lines:
         try:
             lines.connect()
             lines.check(command, slots, run_dir, log_dir)
-        except ConfigError:
-            raise
         except LaunchError as error:
             if restart == 0:
                 raise
