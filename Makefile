@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.fetch
 	$(BIN)/python -m benchmarks.corpus
 	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.inference
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -s --timeout 3600

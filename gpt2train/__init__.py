@@ -17,7 +17,8 @@ The rooms, in the order a run meets them:
     observe     norms by layer, a sample text, a profile of some steps
     claim       owning and opening a run folder: its lock, its identity, what it refuses
     train       the loop
-    evaluate    validation loss, perplexity of texts
+    evaluate    validation loss, perplexity of texts, the command
+    evaluation/ the paper's zero-shot tasks: test sets, likelihood, scores
     trace       a step → the documents it saw; a URL → the steps that saw it
     scaling     runs of several sizes → a table and a picture of loss over size
     report      a run → one HTML file
@@ -28,6 +29,6 @@ The rooms, in the order a run meets them:
     commands/   the table of commands, help and completion, commands that join packages
     cli         the command line
 
-From data_pipeline only `token_shards` and `tokenizer` are imported (commands/joined aside); deepspeed only in engine
-and checkpoint.
+From data_pipeline only `token_shards` and `tokenizer` are imported (commands/joined and evaluation/contamination
+aside); deepspeed only in engine and checkpoint.
 """

@@ -12,11 +12,13 @@ from pathlib import Path
 from gpt2train.config import (
     VOCABULARY,
     ActivationCheckpointing,
+    EvaluateCommandConfig,
     ExportConfig,
     FaultAction,
     Precision,
     TrainConfig,
 )
+from gpt2train.evaluation.asked import task_faults
 
 
 def run_faults(run: str) -> list[str]:
@@ -30,6 +32,27 @@ def run_faults(run: str) -> list[str]:
     if not whole and path.parent.name != "checkpoints":
         return [f"run={run}: holds no checkpoint; give the folder that `train` got as run_dir"]
     return []
+
+
+def check_evaluate(config: EvaluateCommandConfig) -> list[str]:
+    """All faults of `config` that a look at names and folders finds, one line each; empty when it can run."""
+    faults = run_faults(config.run)
+    for name, least in (("limit", 0), ("sequences", 0), ("stride", 1), ("batch", 1)):
+        if getattr(config, name) < least:
+            faults.append(f"{name}={getattr(config, name)}: must be at least {least}; leave it out")
+    for path in config.texts:
+        if not Path(path).is_file():
+            faults.append(f"texts={path}: there is no such file; name a text file in UTF-8")
+    measured = config.texts or config.data or config.tasks or config.harness
+    if config.run and not measured and (Path(config.run) / "config.json").is_file():
+        faults.append(
+            "data='': a Hugging Face folder has no data of its own; give data=corpus/tokens, texts=[FILE] or tasks=[…]"
+        )
+    if config.harness_path and not Path(config.harness_path).is_dir():
+        faults.append(f"harness_path={config.harness_path}: there is no such folder; give one with YAML task files")
+    if config.out and Path(config.out).exists() and not Path(config.out).is_dir():
+        faults.append(f"out={config.out}: is a file; give a folder")
+    return faults + task_faults(config.tasks, config.task_data, "tasks", "task_data", writing=True)
 
 
 def check_export(config: ExportConfig) -> list[str]:
@@ -110,6 +133,8 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         (c.checkpoint, "checkpoint.keep_last"),
         (c.checkpoint, "checkpoint.keep_every_steps"),
         (c.evaluate, "evaluate.every_steps"),
+        (c.evaluate, "evaluate.tasks_every_steps"),
+        (c.evaluate, "evaluate.task_limit"),
         (c.logging, "logging.layers_every_steps"),
         (c.faults, "faults.spike_sigma"),
         (c.faults, "faults.limit"),
@@ -168,6 +193,13 @@ def _faults_of_extras(c: TrainConfig) -> list[str]:
         faults.append("evaluate.sample_prompt: samples come after evaluations; give evaluate.every_steps=250")
     if c.evaluate.sample_tokens < 1:
         faults.append(f"evaluate.sample_tokens={c.evaluate.sample_tokens}: must be at least 1; leave it out")
+    if c.evaluate.tasks and every <= 0 and c.evaluate.tasks_every_steps <= 0:
+        faults.append("evaluate.tasks: are measured every so many steps; give evaluate.tasks_every_steps=1000")
+    if c.evaluate.tasks and c.model.vocabulary < VOCABULARY:
+        faults.append(
+            f"evaluate.tasks: model.vocabulary={c.model.vocabulary} is below GPT-2's {VOCABULARY}; leave them out"
+        )
+    faults += task_faults(c.evaluate.tasks, c.evaluate.task_data, "evaluate.tasks", "evaluate.task_data", writing=False)
     if c.data.reset_positions and not c.data.document_mask:
         faults.append("data.reset_positions=true: needs data.document_mask=true; give both")
     if c.data.document_mask and c.model.vocabulary < VOCABULARY:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gpt2train.bounds import check, check_export, run_faults
+from gpt2train.bounds import check, check_evaluate, check_export
 from gpt2train.commands.help import COMPLETION, command_help, complete, overview
 from gpt2train.commands.settings_files import expand
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
@@ -93,7 +93,7 @@ def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
     if schema == "gpt2train.config:ExportConfig":
         return check_export
     if schema == "gpt2train.config:EvaluateCommandConfig":
-        return lambda config: run_faults(config.run)
+        return check_evaluate
     if schema == "data_pipeline.config:CorpusConfig":
         return load("data_pipeline.config:check")
     return None

@@ -237,6 +237,14 @@ class EvaluateConfig:
     """After each evaluation the model goes on from this text, always with the same seed; empty: no sample."""
     sample_tokens: int = 64
     """Tokens of that sample."""
+    tasks: list[str] = field(default_factory=list)
+    """Zero-shot tasks, or groups of them, to measure while training (docs/evaluation.md); none that write text."""
+    task_data: list[str] = field(default_factory=list)
+    """Folders that hold the tasks' files under their usual names."""
+    tasks_every_steps: int = 0
+    """Steps between measurements of the tasks; also after the last step. 0: with every validation loss."""
+    task_limit: int = 0
+    """First items of each task alone; 0: all."""
 
 
 @dataclass
@@ -325,20 +333,42 @@ class TrainConfig:
 
 @dataclass
 class EvaluateCommandConfig:
-    """`gpt2train evaluate`: a run → validation loss and perplexity, and where texts are named, theirs."""
+    """`gpt2train evaluate`: a run → validation loss, perplexity of texts, and the zero-shot tasks of GPT-2's paper."""
 
     run: str = ""
     """Run folder, checkpoint folder, or a folder in Hugging Face format."""
     data: str = ""
     """Folder of token shards whose validation split is used; empty: the run's own."""
+    validation: bool = True
+    """Measure the validation loss, where there is data."""
     texts: list[str] = field(default_factory=list)
     """Text files to give the perplexity of (sliding window)."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks and groups of them: table3 (the paper's), reasoning, generation, all; docs/evaluation.md lists them."""
+    task_data: list[str] = field(default_factory=list)
+    """Folders that hold the tasks' files under their usual names, searched in this order; `hub`: fetch with the
+    datasets library what no folder before it has."""
+    limit: int = 0
+    """First items of each task alone, for a quick look; 0: all."""
+    contamination: bool = True
+    """Count which 8-grams of each test set the training shards hold; reads all of them, once for given data."""
+    harness: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, run by it on this model; needs `pip install gpt2train[harness]`."""
+    harness_path: str = ""
+    """Folder with task files (YAML) of lm-evaluation-harness, beside its own."""
     sequences: int = 0
     """Validation sequences; 0: all."""
     stride: int = 512
     """Step of the sliding window over a text, in tokens; at most the model's context. 1: each token sees a full
     context, and the text costs as many passes as it has tokens."""
     batch: int = 4
+    """Sequences of full context at once, or as many shorter ones as have as many tokens."""
+    precision: Precision = Precision.fp32
+    """Of texts and tasks: fp32, or bf16 by autocast, which is faster on a GPU and rounds."""
+    out: str = ""
+    """Folder for evaluation.json and for what makes a killed evaluation go on; empty: the run's own."""
+    again: bool = False
+    """Measure tasks anew that evaluation.json has of the same weights, data and settings."""
     device: Device = Device.auto
 
 

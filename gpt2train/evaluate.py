@@ -1,4 +1,4 @@
-"""Validation loss, and the perplexity of texts.
+"""Validation loss, the perplexity of texts, and the command that measures them and the tasks of `evaluation/`.
 
 Flows in: a model and the validation split of token shards, or text files. Flows out: mean nats a token and what follows
 from it (perplexity, bits a byte). The validation loss costs one forward pass over every sequence; a text costs
@@ -10,7 +10,6 @@ Shapes: B sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -30,13 +29,18 @@ from torch import nn
 from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train import checkpoint
-from gpt2train.bounds import run_faults
+from gpt2train import checkpoint, distributed
+from gpt2train.bounds import check_evaluate
 from gpt2train.config import ConfigError, EvaluateCommandConfig
 from gpt2train.data import TokenWindows
+from gpt2train.evaluation import likelihood, suite, table
+from gpt2train.evaluation.metrics import exp
 from gpt2train.model import GPT
 from gpt2train.release.hf import choose_device, is_hf_folder, load_model
-from gpt2train.run_folder import EVALUATION, data_folder, replace_file, run_dir_of
+from gpt2train.run_folder import data_folder, run_dir_of
+
+TIMEOUT_S = 600.0
+"""Ranks that share an evaluation wait this long for each other."""
 
 
 def validation_loss(
@@ -118,64 +122,43 @@ class Measure:
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.loss)
+        return exp(self.loss)
 
     @property
     def word_perplexity(self) -> float | None:
         """The same probability of the text, spread over its words: comparable between vocabularies."""
-        return _exp(self.nats / self.words) if self.words else None
+        return exp(self.nats / self.words) if self.words else None
 
     @property
     def bits_per_byte(self) -> float | None:
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else None
 
 
-def _exp(x: float) -> float:
-    """e^x, infinite where a float cannot hold it."""
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf
-
-
-@torch.no_grad()
-def text_measure(model: GPT, text: str, tokenizer: Tokenizer, *, stride: int, batch: int, name: str = "") -> Measure:
+def text_measure(
+    model: GPT,
+    text: str,
+    tokenizer: Tokenizer,
+    *,
+    stride: int,
+    batch: int,
+    name: str = "",
+    forward: likelihood.Forward | None = None,
+) -> Measure:
     """The text's probability by a sliding window; every token of it is predicted once, the first from `<|endoftext|>`.
 
-    A window is as long as the model's context, or as the text where that is shorter. The first predicts all its tokens;
-    each further one starts `stride` tokens later and predicts only those that no window before it did, so each token
-    but the first window's sees at least context - stride tokens. `batch` windows run at once.
+    `batch` windows of full context run at once; see `likelihood.windows`. Raises ConfigError for an empty text.
     """
-    tokens = np.concatenate([[END_OF_TEXT], tokenizer.encode(text)]).astype(np.int64)
-    targets = len(tokens) - 1
-    if targets == 0:
+    tokens = np.concatenate([[END_OF_TEXT], tokenizer.encode(text)]).astype(np.uint16)
+    if len(tokens) == 1:
         raise ConfigError([f"texts={name}: is empty; give a file with text"])
-    length = min(model.config.context, targets)
-    stride = min(stride, length)
-    # Window k ends before target position ends[k]; its last fresh[k] predictions count.
-    ends = [*range(length, targets, stride), targets]
-    fresh = [length, *np.diff(ends).tolist()]
+    context = model.config.context
+    requests = likelihood.windows(tokens, context=context, stride=stride)
+    rows = likelihood.batches(requests, budget=batch * context)
     device = model.wte.weight.device
-    nats = 0.0
-    # The first window alone predicts all its positions, so it goes alone; the others need few logits.
-    for first, last in [(0, 1), *((k, min(k + batch, len(ends))) for k in range(1, len(ends), batch))]:
-        windows_BT1 = torch.from_numpy(np.stack([tokens[e - length : e + 1] for e in ends[first:last]])).to(device)
-        counted = max(fresh[first:last])
-        logits_NV = _last_logits(model, windows_BT1[:, :-1], counted).float().flatten(0, 1)
-        targets_N = windows_BT1[:, -counted:].flatten()
-        losses_BF = nn.functional.cross_entropy(logits_NV, targets_N, reduction="none").view(-1, counted).cpu()
-        for k in range(first, last):
-            nats += losses_BF[k - first, counted - fresh[k] :].double().sum().item()
-    return Measure(name, nats, targets, text_bytes=len(tokenizer.decode_bytes(tokens[1:])), words=len(text.split()))
-
-
-def _last_logits(model: GPT, tokens_BT: torch.Tensor, positions: int) -> torch.Tensor:
-    """Logits of the last `positions` alone: the product with the vocabulary would cost more than a small network."""
-    hook = model.ln_f.register_forward_hook(lambda module, inputs, x_BTC: x_BTC[:, -positions:])
-    try:
-        return model(tokens_BT)
-    finally:
-        hook.remove()
+    found = [likelihood.score(forward or likelihood.plain_forward(model), r, requests, device=device) for r in rows]
+    nats = -float(likelihood.scattered(rows, found, len(requests))[:, likelihood.LOG_LIKELIHOOD].sum())
+    spelled = len(tokenizer.decode_bytes(tokens[1:]))
+    return Measure(name, nats, len(tokens) - 1, text_bytes=spelled, words=len(text.split()))
 
 
 def split_bytes(split: TokenSplit, tokens: int, tokenizer: Tokenizer) -> int:
@@ -188,64 +171,92 @@ def split_bytes(split: TokenSplit, tokens: int, tokenizer: Tokenizer) -> int:
     )
 
 
-def check(config: EvaluateCommandConfig) -> list[str]:
-    """All faults of `config`, one line each; empty when it can run."""
-    faults = run_faults(config.run)
-    for name, least in (("sequences", 0), ("stride", 1), ("batch", 1)):
-        if getattr(config, name) < least:
-            faults.append(f"{name}={getattr(config, name)}: must be at least {least}; leave it out")
-    for path in config.texts:
-        if not Path(path).is_file():
-            faults.append(f"texts={path}: there is no such file; name a text file in UTF-8")
-    if config.run and not config.texts and not config.data and is_hf_folder(config.run):
-        faults.append("data='': a Hugging Face folder has no data of its own; give data=corpus/tokens or texts=[FILE]")
-    return faults
-
-
 def evaluate(config: EvaluateCommandConfig) -> int:
-    """Prints the validation loss and the texts' perplexities; a run keeps them in its evaluation.json."""
-    faults = check(config)
+    """Prints the validation loss, the texts' perplexities and the tasks' scores; a run keeps them in evaluation.json.
+
+    Under torchrun all ranks share the work; rank 0 speaks and writes. Started again after a kill, the tasks go on.
+    """
+    faults = check_evaluate(config)
     if faults:
         raise ConfigError(faults)
     hugging_face = is_hf_folder(config.run)
     source = Path(config.run) if hugging_face else checkpoint.resolve(config.run)
-    device = choose_device(config.device)
-    model = load_model(source, device)
+    world = _world(config)
+    model = load_model(source, world.device)
+    if (config.tasks or config.harness) and model.config.vocabulary < VOCABULARY:
+        raise ConfigError(
+            [f"run={config.run}: its {model.config.vocabulary} tokens are fewer than GPT-2's {VOCABULARY}; train anew"]
+        )
     tokenizer = load_tokenizer()
     results: dict[str, Any] = {"model": asdict(model.config), "source": source.name}
     if not hugging_face:
         state = checkpoint.read_state(source)
         results |= {"step": state["step"], "tokens_trained": state["tokens"]}
-    measures = []
     run_dir = None if hugging_face else run_dir_of(source)
+    folder = Path(config.out) if config.out else run_dir
     data = Path(config.data) if config.data else data_folder(run_dir) if run_dir else None
-    if data:
-        shards = TokenShards.open(data)
-        measure = _validation_measure(model, shards, tokenizer, config, device)
+    if not (data or config.texts or config.tasks or config.harness):
+        raise ConfigError([f"data='': {config.run} names no data; give data=corpus/tokens, texts=[FILE] or tasks=[…]"])
+    shards = TokenShards.open(data) if data else None
+    subject = suite.subject(model, config.precision)
+    results["weights_sha256"] = subject.weights_sha256
+    book = suite.Book(folder if world.rank == 0 else None, results)
+
+    measures = []
+    if shards and config.validation:
         results["data_fingerprint"] = shards.fingerprint
-        measures.append(measure)
-    elif not config.texts:
-        raise ConfigError([f"data='': {config.run} names no data; give data=corpus/tokens or texts=[FILE]"])
+        measures.append(_validation_measure(model, shards, tokenizer, config, world))
     for path in config.texts:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         measures.append(
-            text_measure(model, text, tokenizer, stride=config.stride, batch=config.batch, name=Path(path).name)
+            text_measure(
+                model,
+                text,
+                tokenizer,
+                stride=config.stride,
+                batch=config.batch,
+                name=Path(path).name,
+                forward=subject.forward,
+            )
         )
-    results["stride"] = min(config.stride, model.config.context)
-    results["results"] = [as_json(m) for m in measures]
-    _print(measures, f"{source}: context {model.config.context}, stride {results['stride']} on texts")
-    if run_dir:
-        content = json.dumps(results, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        replace_file(run_dir / EVALUATION, content.encode())
+    if measures:
+        results["stride"] = min(config.stride, model.config.context)
+        results["results"] = [as_json(m) for m in measures]
+        book.write()
+        if world.rank == 0:
+            _print(measures, f"{source}: context {model.config.context}, stride {results['stride']} on texts")
+    records = suite.run_tasks(config, subject, tokenizer, book, world=world, shards=shards, folder=folder)
+    if records and world.rank == 0:
+        table.show(records, f"{source}: weights {subject.weights_sha256[:12]}, GPT-2's own scores on the right")
+    if config.harness:
+        found = suite.run_harness(config, subject, tokenizer, book, world=world, folder=folder)
+        if world.rank == 0:
+            table.show_harness(found)
     return 0
 
 
+def _world(config: EvaluateCommandConfig) -> distributed.World:
+    """The ranks that torchrun started, or this process alone."""
+    if distributed.world_size() > 1:
+        return distributed.start(config.device, TIMEOUT_S)
+    return distributed.World(rank=0, size=1, local_rank=0, device=choose_device(config.device))
+
+
 def _validation_measure(
-    model: GPT, shards: TokenShards, tokenizer: Tokenizer, config: EvaluateCommandConfig, device: torch.device
+    model: GPT, shards: TokenShards, tokenizer: Tokenizer, config: EvaluateCommandConfig, world: distributed.World
 ) -> Measure:
     split = shards.split("validation")
     context = model.config.context
-    loss = validation_loss(model, split, context=context, sequences=config.sequences, micro=config.batch, device=device)
+    loss = validation_loss(
+        model,
+        split,
+        context=context,
+        sequences=config.sequences,
+        micro=config.batch,
+        rank=world.rank,
+        world_size=world.size,
+        device=world.device,
+    )
     windows = len(TokenWindows(split, context))
     tokens = context * (min(config.sequences, windows) or windows)
     # Another vocabulary's tokens have other bytes, so then there is no honest number.

@@ -325,6 +325,13 @@ class Reporter:
         if sample is not None:
             self.tell(f"step {step}  sample: {sample}")
 
+    def tasks(self, *, step: int, scores: dict[str, float]) -> None:
+        """Zero-shot scores, `task/score` → value, as a line of their own."""
+        if not self.active:
+            return
+        self._log({"step": step, **scores})
+        self.tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
     def sync(self) -> None:
         if self.active:
             self._file.sync()

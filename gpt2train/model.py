@@ -207,12 +207,18 @@ class GPT(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        at_M: Tensor | None = None,
     ) -> Tensor:
         """Mean cross-entropy in nats (fp32 scalar) when there are targets; else logits_BTV over the true vocabulary.
 
         tokens_BT and targets_BT are int64; `targets_BT[b, t]` is the token that follows `tokens_BT[b, t]`. With a cache
-        the tokens stand behind those it holds. Raises ValueError when a sequence would pass the model's context.
+        the tokens stand behind those it holds. `at_M`: logits_MV of these M positions b·T + t alone, since the product
+        with the vocabulary costs as much as several blocks. Raises ValueError when a sequence would pass the model's
+        context.
         """
         T = tokens_BT.shape[1]
         start = cache.length if cache is not None else 0
@@ -235,6 +241,8 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += T
         x_BTC = self.ln_f(x_BTC)
+        if at_M is not None:
+            x_BTC = x_BTC.flatten(0, 1)[at_M]
         if targets_BT is None:
             return F.linear(x_BTC, self.wte.weight)[..., : self.config.vocabulary]
         loss = _ChunkedCrossEntropy.apply(

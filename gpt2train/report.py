@@ -14,6 +14,7 @@ import jinja2
 from markupsafe import Markup
 
 from gpt2train.charts import svg_of_curves
+from gpt2train.evaluation import table
 from gpt2train.run_folder import (
     CONFIG,
     EVALUATION,
@@ -35,12 +36,15 @@ def report(run_dir: Path) -> Path:
     name = run_dir.resolve().name
     config = read_run_config(run_dir)
     run = summary(run_dir, name)
+    evaluation = read_json(run_dir / EVALUATION)
     page = _TEMPLATE.render(
         name=name,
         config=config,
         run=run,
         charts=_charts(run_dir),
-        evaluation=read_json(run_dir / EVALUATION),
+        evaluation=evaluation,
+        task_columns=table.COLUMNS,
+        task_rows=table.rows(evaluation.get("tasks", [])),
         checkpoints=[(path.name, _bytes(path)) for path in checkpoint_folders(run_dir)],
         versions=_flat(read_json(run_dir / VERSIONS)),
         settings=(run_dir / CONFIG).read_text(encoding="utf-8"),
@@ -65,6 +69,13 @@ def _charts(run_dir: Path) -> list[tuple[str, Markup]]:
         if curves:
             svg = svg_of_curves(curves, x_label="step", y_label=unit, name=title, points_too="validation")
             found.append((title, Markup(svg)))  # our own drawing: no text of a file is in it
+    scores = sorted({name for entry in metrics for name in entry if "/" in name})
+    for title, share in (("Zero-shot tasks, shares right", True), ("Zero-shot tasks, perplexities and bits", False)):
+        curves = [(name, series(metrics, name)) for name in scores if table.is_share(name.split("/")[1]) == share]
+        if curves:
+            title = title if len(curves) > 1 else curves[0][0]  # one curve has no legend
+            svg = svg_of_curves(curves, x_label="step", y_label="", name=title)
+            found.append((title, Markup(svg)))
     return found
 
 
@@ -153,6 +164,22 @@ font:13px/1.45 ui-monospace,monospace}
 <tr><td>{{ r.name }}</td><td>{{ "{:,}".format(r.tokens) }}</td><td>{{ r.loss|number }}</td>
 <td>{{ r.perplexity|number }}</td><td>{{ r.word_perplexity|number }}</td><td>{{ r.bits_per_byte|number }}</td></tr>
 {% endfor %}</table></div>{% endif %}
+{% if task_rows %}<h2>Zero-shot tasks</h2>
+<p class="dim">Checkpoint {{ evaluation.source }}, weights {{ evaluation.weights_sha256[:12] }}. On the right what was
+published for GPT-2's four sizes; “8-grams seen” is the share of a test set's 8-grams that the training data hold.</p>
+<div class="scroll"><table><tr>{% for column in task_columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in task_rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<details><summary class="dim">Protocols and data</summary>
+{% for task in evaluation.tasks %}<p><b>{{ task.name }}</b>: {{ task.protocol }}. Data: {{ task.data.file }}, sha256
+{{ task.data.sha256[:12] }}; {{ task.source }}.{% for p in task.published %} Beside it: {{ p.metric }}, {{ p.source }}.
+{% endfor %}</p>
+{% endfor %}</details>{% endif %}
+{% if evaluation.get("harness") %}<h2>lm-evaluation-harness</h2><div class="scroll"><table>
+<tr><th>task</th><th>score</th><th>value</th></tr>
+{% for task, found in evaluation.harness.items() %}{% for score, value in found.scores|dictsort %}
+<tr><td>{{ task }}</td><td>{{ score }}</td><td>{{ value|number }}</td></tr>
+{% endfor %}{% endfor %}</table></div>{% endif %}
 <h2>Checkpoints</h2>
 {% if checkpoints %}<div class="scroll"><table><tr><th>folder</th><th>bytes</th></tr>
 {% for folder, size in checkpoints %}<tr><td>{{ folder }}</td><td>{{ "{:,}".format(size) }}</td></tr>

@@ -42,6 +42,7 @@ from gpt2train.config import (
 from gpt2train.data import BatchOrder, TokenWindows, derive_seed, micro_batches
 from gpt2train.distributed import World, all_sum, on_rank_zero
 from gpt2train.evaluate import validation_loss
+from gpt2train.evaluation.during import TasksDuringTraining
 from gpt2train.faults import FaultRule
 from gpt2train.metrics import Reporter
 from gpt2train.observe import Profile, layer_norms, sample_text
@@ -118,6 +119,7 @@ def _train(
                 return read(name)
 
             engine.load_state_tensors(model, watched, rule.updates(run.start_step))
+    tasks = TasksDuringTraining(config, world) if config.evaluate.tasks else None
     for line in batch_arithmetic(config, world.size, len(windows)):
         run.tell(line)
     reporter = Reporter(
@@ -225,10 +227,13 @@ def _train(
             # Evaluate, save, stop
             last = step == config.steps or stopping > 0
             measured = None
+            doing[0] = f"evaluation after step {step}"
             if run.evaluates and (_due(step, config.evaluate.every_steps) or step == config.steps):
-                doing[0] = f"evaluation after step {step}"
                 measured = _evaluate(config, world, model, run.shards)
                 reporter.evaluation(step=step, validation_loss=measured, sample=_sample(config, world, model))
+            task_steps = config.evaluate.tasks_every_steps or config.evaluate.every_steps
+            if tasks and (_due(step, task_steps) or step == config.steps):
+                reporter.tasks(step=step, scores=tasks.measure(model))
             if last or _due(step, config.checkpoint.every_steps):
                 doing[0] = f"checkpoint of step {step}"
                 _save(config, run, model, saver, uploader, reporter, rule, step, measured)

@@ -126,14 +126,15 @@ def build_index(sets: Sequence[EvaluationSet], config: DecontaminateConfig) -> C
     nothing = np.empty(0, np.uint64)
     wanted = config.drop or config.remove_spans
     drop = tuple(_unique_ngrams(s.texts, config.drop_ngram) if wanted else nothing for s in sets)
-    return ContaminationIndex(tuple(s.name for s in sets), report, drop, _finder(report), _finder(drop))
+    return ContaminationIndex(tuple(s.name for s in sets), report, drop, ngram_finder(report), ngram_finder(drop))
 
 
 def _unique_ngrams(texts: Iterable[str], n: int) -> np.ndarray:
     return np.unique(np.concatenate([np.empty(0, np.uint64), *(ngram_hashes(text, n) for text in texts)]))
 
 
-def _finder(hashes: Sequence[np.ndarray]) -> NgramFinder:
+def ngram_finder(hashes: Sequence[np.ndarray]) -> NgramFinder:
+    """One finder for several sets' n-grams."""
     union = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]))
     bits = max(10, int(16 * len(union)).bit_length())  # one entry in 16 to 32 is set; 16 bytes an n-gram
     table = np.zeros(1 << bits, bool)

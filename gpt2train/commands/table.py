@@ -73,10 +73,14 @@ COMMANDS: dict[str, Command] = {
         examples=("gpt2train sweep model=ladder data=corpus/tokens out=runs/ladder steps=1000",),
     ),
     "evaluate": Command(
-        "validation loss of a run, and perplexity of texts",
+        "validation loss, perplexity of texts, and the paper's zero-shot tasks",
         "gpt2train.config:EvaluateCommandConfig",
         "gpt2train.evaluate:evaluate",
-        examples=("gpt2train evaluate run=runs/small texts=[book.txt]",),
+        examples=(
+            "gpt2train evaluate run=runs/small texts=[book.txt]",
+            "gpt2train evaluate run=runs/small tasks=[table3,reasoning] task_data=[eval/,hub]",
+            "gpt2train evaluate run=runs/small harness=[lambada_openai]",
+        ),
     ),
     "generate": Command(
         "samples from a run, on standard output",
