@@ -59,8 +59,10 @@ def arguments(host: Host, config: HostsConfig, python: str, package_folder: str)
             # In the host's own login shell; `exec`, so that nothing stands between ssh and the node.
             remote = "\n".join([*config.setup, f"exec {node}"])
             options = ["-T", "-a", "-x", "-o", "BatchMode=yes", "-o", "ClearAllForwardings=yes"]
-            options += ["-o", f"ConnectTimeout={math.ceil(config.connect_timeout_s)}"]
-            return ["ssh", *options, *config.ssh, "--", host.name, remote]
+            # ssh gives up first, and says why.
+            options += ["-o", f"ConnectTimeout={math.ceil(0.8 * config.connect_timeout_s)}"]
+            # Of two values ssh takes the first: the user's own.
+            return ["ssh", *config.ssh, *options, "--", host.name, remote]
         case Over.srun:
             # One step a node, with all that the job has of it; --overlap, or it waits for the batch script's share.
             step = ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--cpu-bind=none"]

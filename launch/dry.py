@@ -27,9 +27,7 @@ def dry_run_lines(starts: Sequence[Start]) -> list[str]:
     return [*(f"{start.line()} &" for start in starts), "wait"]
 
 
-def host_lines(
-    config: LaunchConfig, command: Sequence[str], machines: Sequence[Host], *, run_dir: Path, log_dir: Path
-) -> list[str]:
+def host_lines(config: LaunchConfig, command: Sequence[str], machines: Sequence[Host], *, log_dir: Path) -> list[str]:
     """Lines that start the ranks of all hosts by hand, and what the launch itself connects with.
 
     A host that nobody has been asked about counts as one with one process.

@@ -94,7 +94,7 @@ def _local(config: LaunchConfig, command: Sequence[str], run_dir: Path, log_dir:
 def _hosts(config: LaunchConfig, command: Sequence[str], run_dir: Path, log_dir: Path) -> int:
     machines = hosts.read_hosts(config)
     if config.dry_run:
-        print("\n".join(host_lines(config, command, machines, run_dir=run_dir, log_dir=log_dir)))
+        print("\n".join(host_lines(config, command, machines, log_dir=log_dir)))
         return 0
     slots = hosts.ask_slots(config, machines)
     # A launcher that is stopped by Ctrl-Z would fall silent, and the hosts would end their ranks.

@@ -555,6 +555,47 @@ def test_a_dead_host_ends_the_run_and_the_same_command_resumes_it(tmp_path: Path
     assert len(read_metrics(run_dir)[0]) == STEPS_OF_RUN
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_host_that_comes_back_is_taken_in_again(tmp_path: Path, hosts: Hosts) -> None:
+    """One launch, three times without one of its hosts; nobody gives a command again."""
+    tokens = write_tokens(tmp_path / "tokens")
+    run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    program = [sys.executable, "-m", "gpt2train", "launch"]
+    how = ["launcher=hosts", f"hosts.names={json.dumps(ADDRESSES)}", f"hosts.ssh={json.dumps(hosts.ssh_words())}"]
+    how += ['hosts.environment=["GLOO_SOCKET_IFNAME=eth0"]', "hosts.silence_timeout_s=20", "restart_pause_s=5"]
+    command = [*hosts.inside(0), *program, *train_words(tokens, run_dir, *how, "hosts.connect_timeout_s=30")]
+    options: dict[str, Any] = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    with open(tmp_path / "said", "w") as said:
+        launched = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, **options)
+        try:
+            for step in (13, 28, 44):
+                deadline_s = time.monotonic() + 900
+                while written_steps(run_dir) < step:
+                    assert launched.poll() is None, (tmp_path / "said").read_text()
+                    assert time.monotonic() < deadline_s, "no steps"
+                    time.sleep(0.02)
+                frozen = freeze(run_dir, 2)
+                hosts.pull_the_plug(1)
+                os.kill(frozen[0], signal.SIGCONT)
+                announced = "started again in"
+                before = (tmp_path / "said").read_text().count(announced)
+                while (tmp_path / "said").read_text().count(announced) == before:
+                    assert time.monotonic() < deadline_s, (tmp_path / "said").read_text()
+                    time.sleep(0.1)
+                hosts.boot(1)
+            assert launched.wait(1800) == 0, (tmp_path / "said").read_text()
+        finally:
+            launched.kill()
+            launched.wait()
+    alone = [*program, *train_words(tokens, undisturbed, "processes=2")]
+    assert subprocess.run(alone, capture_output=True, timeout=1800, **options).returncode == 0
+    assert read_metrics(run_dir)[0] == read_metrics(undisturbed)[0]
+    journal = (run_dir / "logs" / "launch.log").read_text()
+    assert journal.count("is gone:") >= 3
+    print(f"3 losses of a host, {journal.count('started again in')} restarts, equal losses")
+
+
 def test_kill_9_of_the_launcher_leaves_nobody_behind_an_sshd(tmp_path: Path, hosts: Hosts) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     notes = tmp_path / "notes"
