@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import random
+import socket
 from pathlib import Path
 
-import aiohttp
 import pytest
-import yarl
+import uvloop
 
 from data_pipeline.config import FetchConfig
+from data_pipeline.crawl import addresses
 from data_pipeline.crawl.addresses import (
     AddressRules,
     BlockedAddressError,
+    LookupFailedError,
+    VettedConnector,
     is_public,
     parse_allow,
     read_hosts_file,
-    vetted_connector,
 )
 from data_pipeline.records import InputError
 
@@ -152,14 +154,6 @@ def test_hosts_file(tmp_path: Path) -> None:
         read_hosts_file(tmp_path / "missing")
 
 
-def causes(error: BaseException) -> list[type[BaseException]]:
-    chain = []
-    while error is not None and len(chain) < 10:
-        chain.append(type(error))
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-    return chain
-
-
 @pytest.mark.parametrize(
     "host",
     [
@@ -183,36 +177,69 @@ def causes(error: BaseException) -> list[type[BaseException]]:
 def test_the_connector_refuses_hosts_that_were_never_normalized(host: str) -> None:
     """Spelled so that the system's resolver, or nobody, has to make an address of them."""
 
-    async def get() -> None:
-        async with aiohttp.ClientSession(connector=vetted_connector(FetchConfig(contact="a@b.org"))) as session:
-            await session.get(yarl.URL(f"http://{host}:8123/", encoded=True))
+    async def connect() -> None:
+        await VettedConnector(FetchConfig(contact="a@b.org")).connect(host.strip("[]"), 8123)
 
-    with pytest.raises(aiohttp.ClientError) as caught:
-        asyncio.run(get())
-    chain = causes(caught.value)
-    assert BlockedAddressError in chain or issubclass(chain[0], aiohttp.InvalidURL)
+    with pytest.raises(OSError) as caught:  # noqa: PT011 (a name that is no name may also end as one without address)
+        uvloop.run(connect())
+    assert isinstance(caught.value, (BlockedAddressError, LookupFailedError))
 
 
 def test_a_name_reaches_the_allowed_one_of_its_addresses() -> None:
-    async def get() -> str:
-        async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
-            await writer.drain()
-            writer.close()
+    asked: list[str] = []
 
-        async def lookup(host: str) -> list[str]:
-            assert host == "name.test"
-            return ["10.0.0.1", "::1", "127.0.0.1", "169.254.169.254"]
+    async def lookup(host: str) -> list[str]:
+        asked.append(host)
+        return ["10.0.0.1", "::1", "127.0.0.1", "169.254.169.254"]
 
-        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async def connect() -> None:
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         config = FetchConfig(contact="a@b.org", allow_addresses=[f"127.0.0.1:{port}"])
-        async with (
-            server,
-            aiohttp.ClientSession(connector=vetted_connector(config, lookup)) as session,
-            session.get(f"http://name.test:{port}/") as response,
-        ):
-            return await response.text()
+        connector = VettedConnector(config, lookup)
+        async with server:
+            for _ in range(3):
+                connected, ip = await connector.connect("name.test", port)
+                assert connected.getpeername() == ("127.0.0.1", port)
+                assert ip == "127.0.0.1"
+                connected.close()
 
-    assert asyncio.run(get()) == "ok"
+    uvloop.run(connect())
+    assert asked == ["name.test"]  # the answer is kept, so that a later one cannot differ
+
+
+def test_of_a_thousand_addresses_a_few_are_knocked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name may list a thousand strangers; each look-up must not become a thousand connections."""
+    monkeypatch.setattr(addresses, "EYEBALLS_DELAY_S", 0.001)
+    tried: list[tuple[str, int]] = []
+
+    async def lookup(host: str) -> list[str]:
+        return [f"127.0.{i // 250}.{i % 250 + 1}" for i in range(1000)]
+
+    def refuse(info: tuple[object, ...]) -> socket.socket:
+        tried.append(info[4])  # type: ignore[arg-type]
+        raise ConnectionRefusedError
+
+    config = FetchConfig(contact="a@b.org", allow_addresses=[f"127.0.{i // 250}.{i % 250 + 1}:81" for i in range(1000)])
+    connector = VettedConnector(config, lookup)
+    monkeypatch.setattr(connector, "_socket", refuse)
+    with pytest.raises(ConnectionRefusedError):
+        uvloop.run(connector.connect("many.test", 81))
+    assert len(tried) == addresses.MAX_ADDRESSES_TRIED
+
+
+def test_look_ups_fail_typed() -> None:
+    async def lookup(host: str) -> list[str]:
+        if host == "busy.test":
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        if host == "long.test":
+            raise UnicodeError("label too long")
+        return []
+
+    async def ask(host: str) -> None:
+        await VettedConnector(FetchConfig(contact="a@b.org"), lookup).connect(host, 80)
+
+    for host, passing in (("busy.test", True), ("long.test", False), ("empty.test", False)):
+        with pytest.raises(LookupFailedError, match=host) as caught:
+            uvloop.run(ask(host))
+        assert caught.value.passing is passing

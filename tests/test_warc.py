@@ -34,8 +34,7 @@ def exchange(number: int = 0, body: bytes = PAGE, **headers: str) -> Exchange:
     fields = {"Content-Type": "text/html; charset=utf-8", "X-Name": "ü \udcff", **headers}
     return Exchange(
         url=f"http://example.com/{number}?q=ü".replace("ü", "%C3%BC"),
-        request_target=f"/{number}?q=%C3%BC",
-        request_headers=[("Host", "example.com"), ("User-Agent", "test")],
+        request=f"GET /{number}?q=%C3%BC HTTP/1.1\r\nHost: example.com\r\nUser-Agent: test\r\n\r\n".encode(),
         status=200,
         http_version="1.1",
         reason_phrase="OK",

@@ -1,11 +1,10 @@
 """Which address may be connected to, and the connector that enforces it.
 
-Names flow in, sockets to vetted addresses flow out. Two checks, because each alone can be walked around: the resolver
-drops addresses that are not public before one is chosen, and the socket factory looks at the very address that is
-about to be connected to, which also covers literal addresses (aiohttp resolves those by itself) and a name that
-resolves to something else the second time.
+Names flow in, sockets connected to vetted addresses flow out. Two checks: of a name's addresses those that are not
+public are dropped before one is chosen, and the socket factory looks at the very address that is about to be connected
+to, so that a later change to what lies between cannot open a door.
 
-    lookup (hosts file, then DNS) → VettedResolver → socket factory → connect
+    lookup (hosts file, then DNS) → rules → socket factory → connect(2), to numbers alone
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import aiohttp
-from aiohttp.abc import AbstractResolver, ResolveResult
+import aiohappyeyeballs
 
 from data_pipeline.config import FetchConfig
 from data_pipeline.records import InputError
@@ -76,10 +76,24 @@ BAD_PORTS = frozenset(
 LOOKUP_THREADS = 64
 """Name look-ups under way at once; a slow name server must not stop the fast ones."""
 DNS_CACHE_S = 300
+MAX_DNS_ANSWERS = 50_000
+"""Answers remembered; the oldest are forgotten first."""
+MAX_ADDRESSES_TRIED = 4
+"""Of one name's addresses; whoever lists a thousand strangers' addresses must not make us knock at all of them."""
+EYEBALLS_DELAY_S = 0.25
+"""RFC 8305, 5: the recommended connection attempt delay."""
 
 
 class BlockedAddressError(OSError):
     """A connection to an address that is neither public nor allow-listed was refused before a socket existed."""
+
+
+class LookupFailedError(OSError):
+    """A name has no address, or nobody could be asked. `passing`: it may be had at the next try."""
+
+    def __init__(self, message: str, *, passing: bool) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 def is_public(ip: str | Address) -> bool:
@@ -159,37 +173,6 @@ class AddressRules:
         return None
 
 
-class VettedResolver(AbstractResolver):
-    """Names → those of their addresses that may be connected to; BlockedAddressError when none is left."""
-
-    def __init__(self, rules: AddressRules, lookup: Lookup) -> None:
-        self.rules = rules
-        self.lookup = lookup
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
-    ) -> list[ResolveResult]:
-        found = await self.lookup(host)
-        refusals = {ip: self.rules.refusal(ip, port) for ip in found}
-        good = [ip for ip, refusal in refusals.items() if refusal is None]
-        if not good:
-            raise BlockedAddressError(f"{host}: {next(iter(refusals.values()))}" if found else f"{host}: no address")
-        return [
-            ResolveResult(
-                hostname=host,
-                host=ip,
-                port=port,
-                family=socket.AF_INET6 if ":" in ip else socket.AF_INET,
-                proto=0,
-                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
-            )
-            for ip in good
-        ]
-
-    async def close(self) -> None:
-        pass
-
-
 def system_lookup(hosts: Mapping[str, list[str]]) -> Lookup:
     """Names from `hosts`, then from the system's resolver in threads of its own.
 
@@ -211,24 +194,77 @@ def system_lookup(hosts: Mapping[str, list[str]]) -> Lookup:
     return lookup
 
 
-def vetted_connector(config: FetchConfig, lookup: Lookup | None = None) -> aiohttp.TCPConnector:
-    """A connector that opens no socket to an address which `config` does not allow. `lookup`: for tests."""
-    rules = AddressRules(config)
-    if lookup is None:
-        lookup = system_lookup(read_hosts_file(Path(config.hosts_file)) if config.hosts_file else {})
+class VettedConnector:
+    """Opens connections to public or allow-listed addresses, and to no others.
 
-    def make_socket(info: tuple) -> socket.socket:  # the shape of aiohappyeyeballs' AddrInfoType
+    The name is looked up once and the answer kept; each address is vetted with the port; what is connected to are the
+    vetted addresses themselves, never the name again. The last look is at the very address handed to connect(2).
+    """
+
+    def __init__(self, config: FetchConfig, lookup: Lookup | None = None) -> None:
+        """`lookup`: name → addresses, for tests; by default the hosts file, then DNS."""
+        self.rules = AddressRules(config)
+        if lookup is None:
+            lookup = system_lookup(read_hosts_file(Path(config.hosts_file)) if config.hosts_file else {})
+        self._lookup = lookup
+        self._answers: OrderedDict[str, tuple[float, list[str]]] = OrderedDict()
+
+    async def connect(self, host: str, port: int) -> tuple[socket.socket, str]:
+        """(a connected socket that does not block, the address it is connected to).
+
+        Raises BlockedAddressError, LookupFailedError, OSError.
+        """
+        found = await self.addresses(host)
+        refusals = {ip: self.rules.refusal(ip, port) for ip in found}
+        good = [ip for ip, refusal in refusals.items() if refusal is None]
+        if not good:
+            raise BlockedAddressError(f"{host}: {next(iter(refusals.values()))}")
+        # Of several addresses the next is tried after a quarter of a second, IPv6 and IPv4 in turn (RFC 8305).
+        connected = await aiohappyeyeballs.start_connection(
+            [_numeric(ip, port) for ip in good[:MAX_ADDRESSES_TRIED]],
+            happy_eyeballs_delay=EYEBALLS_DELAY_S if len(good) > 1 else None,
+            interleave=1,
+            socket_factory=self._socket,
+        )
+        try:
+            return connected, str(connected.getpeername()[0])
+        except OSError:  # reset in between
+            connected.close()
+            raise
+
+    async def addresses(self, host: str) -> list[str]:
+        """All addresses of `host`, vetted or not; of a literal address itself. Raises LookupFailedError."""
+        try:
+            return [str(ipaddress.ip_address(host))]
+        except ValueError:
+            pass
+        now = time.monotonic()
+        known = self._answers.get(host)
+        if known is not None and known[0] > now:
+            return known[1]
+        try:
+            found = [ip.split("%", 1)[0] for ip in await self._lookup(host)]
+        except (OSError, UnicodeError) as e:
+            again = isinstance(e, socket.gaierror) and e.errno == socket.EAI_AGAIN
+            raise LookupFailedError(f"{host}: {e}", passing=again) from e
+        if not found:
+            raise LookupFailedError(f"{host}: no address", passing=False)
+        self._answers[host] = (now + DNS_CACHE_S, found)
+        self._answers.move_to_end(host)
+        if len(self._answers) > MAX_DNS_ANSWERS:
+            self._answers.popitem(last=False)
+        return found
+
+    def _socket(self, info: aiohappyeyeballs.AddrInfoType) -> socket.socket:
         family, kind, protocol, _, target = info
-        refusal = rules.refusal(str(target[0]), int(target[1]))
+        refusal = self.rules.refusal(str(target[0]), int(target[1]))
         if refusal is not None:
             raise BlockedAddressError(refusal)
         return socket.socket(family=family, type=kind, proto=protocol)
 
-    return aiohttp.TCPConnector(
-        resolver=VettedResolver(rules, lookup),
-        socket_factory=make_socket,
-        limit=0,  # fetch counts requests itself
-        ttl_dns_cache=DNS_CACHE_S,
-        # Long enough for the next turn of a host that still has work; idle sockets are a scarce thing.
-        keepalive_timeout=min(1.5 * config.delay_s + 1.0, 15.0),
-    )
+
+def _numeric(ip: str, port: int) -> aiohappyeyeballs.AddrInfoType:
+    """What getaddrinfo would say of an address and a port."""
+    if ":" in ip:
+        return socket.AF_INET6, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (ip, port, 0, 0)
+    return socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (ip, port)

@@ -47,8 +47,7 @@ def journal_line(
     line |= {name: value for name, value in validators.items() if value}
     exchange = Exchange(
         job.url,
-        reply.request_target,
-        reply.request_headers,
+        reply.request,
         reply.status,
         reply.http_version,
         reply.reason_phrase,

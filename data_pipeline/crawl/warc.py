@@ -61,15 +61,15 @@ _RENAMED = {
 
 @dataclass(frozen=True)
 class Exchange:
-    """A request and its response, as they go into a WARC file. `body` is decoded; `fetched_at` RFC 3339 in UTC.
+    """A request, byte for byte, and its response, as they go into a WARC file. `body` is decoded; `fetched_at` RFC 3339
+    in UTC.
 
     `revisit_of`: (URL, date) of the archived response that a 304 says still holds; `body` is that one's, of which the
     digest alone is written.
     """
 
     url: str
-    request_target: str
-    request_headers: Headers
+    request: bytes
     status: int
     http_version: str
     reason_phrase: str
@@ -132,7 +132,7 @@ class WarcWriter:
             "request",
             e.fetched_at,
             [*shared, ("WARC-Concurrent-To", response_id), ("Content-Type", "application/http; msgtype=request")],
-            _header_block(f"GET {e.request_target} HTTP/1.1", e.request_headers),
+            e.request,
         )
         start = self.offset
         self._append(response + request)
