@@ -1,118 +1,91 @@
-"""Pages per second, pages per CPU second and memory of the fetch, beside a bare aiohttp loop and beside Scrapy.
+"""Pages per second, pages per CPU second and memory of the fetch, beside bare loops and beside Scrapy.
 
-A server in a process of its own answers on eight loopback addresses with gzipped HTML from memory. Each way fetches the
-same pages with the same number of requests under way, in a process of its own. The bare loop obeys and keeps nothing.
-The fetch does more: robots.txt, delays (of 0 s), decoding, WARC records with digests, journal and audit log; it runs
-once more with zlib at level 3 for the WARC, to show what the compressor costs. Scrapy obeys robots.txt and keeps
-nothing; it is installed into a virtual environment that goes away again, and left out where it cannot be.
+A local nginx (or a server in Python where there is none) answers on a hundred loopback addresses with gzipped HTML.
+Each way fetches the same URLs, one at a time from each host, in a process of its own; imports are done before its clock
+starts. The bare loops obey and keep nothing: one over the fetch's own client, one over aiohttp. The fetch does more:
+robots.txt, delays (of 0 s), decoding, the rules for pages, WARC records with digests, journal and audit log, and the
+stage's tables at the end. Scrapy obeys robots.txt with as many requests at once, first keeping nothing, then writing
+WARC files with warcio as the fetch does; it is installed into a virtual environment that goes away again, and left out
+where it cannot be.
 
-    python -m benchmarks.fetch [--pages 4000] [--kilobytes 30] [--long] [--no-scrapy] [--json out.json]
+    python -m benchmarks.fetch [--pages 10000] [--kilobytes 30] [--long] [--no-scrapy] [--json out.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import gzip
 import json
 import multiprocessing
 import platform
-import random
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import aiohttp
 import pyarrow as pa
 import pyarrow.parquet as pq
 import uvloop
 
+from benchmarks.web_server import HOSTS, serving
 from data_pipeline.config import FetchConfig
-from data_pipeline.crawl import warc
 from data_pipeline.crawl.fetch import FetchShard, fetch_shards, finish_shard
+from data_pipeline.crawl.http_get import HttpClient
 from data_pipeline.pipeline import ROWS_PER_SHARD
 from data_pipeline.records import URL_SCHEMA
 
-ADDRESSES = [f"127.0.0.{i}" for i in range(1, 9)]
-HOSTS_PER_ADDRESS = 8  # one request at a time for each host: as many hosts as requests under way
-WORDS = "the of and to in is was for on that with as by at from his her were are which have had not be this".split()
 
-
-def html(kilobytes: int, seed: int) -> bytes:
-    """A page of about so many kilobytes that packs like text does."""
-    chance = random.Random(seed)
-    paragraphs = []
-    size = 0
-    while size < kilobytes * 1000:
-        words = " ".join(chance.choice(WORDS) + str(chance.randrange(50)) for _ in range(80))
-        paragraphs.append(f"<p class='text'>{words}.</p>\n")
-        size += len(paragraphs[-1])
-    return ("<!doctype html><html><head><title>A page</title></head><body>" + "".join(paragraphs)).encode()
-
-
-class Server(asyncio.Protocol):
-    """Answers every request head with the same page; /robots.txt is not there."""
-
-    page = b""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.WriteTransport, transport)
-        self.buffer = b""
-
-    def data_received(self, data: bytes) -> None:
-        self.buffer += data
-        while b"\r\n\r\n" in self.buffer:
-            head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
-            missing = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
-            self.transport.write(missing if head.startswith(b"GET /robots.txt") else self.page)
-
-
-def serve(pipe: Connection, kilobytes: int) -> None:
-    body = gzip.compress(html(kilobytes, 1))
-    head = (
-        f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    Server.page = head.encode() + body
+def bare_client(urls: list[str], port: int) -> None:
+    """The least that the fetch's own client can do: GET, read, drop; addresses vetted, nothing decoded."""
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        server = await loop.create_server(Server, ADDRESSES[0], 0)
-        port = server.sockets[0].getsockname()[1]
-        for address in ADDRESSES[1:]:
-            await loop.create_server(Server, address, port)
-        pipe.send(port)
-        await asyncio.Event().wait()
+        client = HttpClient(_config(port))
+        left = iter(urls)
+
+        async def one_place() -> None:
+            for url in left:
+                reply = await client.get(url, timeout_s=60.0, max_bytes=5_000_000)
+                assert reply.status == 200
+                assert reply.body
+
+        await asyncio.gather(*(one_place() for _ in HOSTS))
+        await client.close()
 
     uvloop.run(main())
 
 
-def bare(urls: list[str], concurrency: int) -> None:
-    """The least that aiohttp can do: GET, decode, drop."""
+def bare_aiohttp(urls: list[str]) -> None:
+    """The least that aiohttp can do: GET, read, drop; nothing decoded."""
 
     async def main() -> None:
-        places = asyncio.Semaphore(concurrency)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        left = iter(urls)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, auto_decompress=False) as session:
 
-            async def one(url: str) -> None:
-                async with places, session.get(url) as response:
-                    assert response.status == 200
-                    await response.read()
+            async def one_place() -> None:
+                for url in left:
+                    async with session.get(url) as response:
+                        assert response.status == 200
+                        assert await response.read()
 
-            await asyncio.gather(*(one(url) for url in urls))
+            await asyncio.gather(*(one_place() for _ in HOSTS))
 
     uvloop.run(main())
 
 
-def ours(urls: list[str], hosts: list[str], port: int, concurrency: int, folder: Path) -> None:
-    """The stage as the pipeline runs it, 5,000 URLs a shard."""
+def _config(port: int) -> FetchConfig:
+    return FetchConfig(allow_addresses=[f"{h}:{port}" for h in HOSTS], concurrency=len(HOSTS), delay_s=0.0)
+
+
+def write_shards(urls: list[str], folder: Path) -> list[FetchShard]:
+    """URL shards as the pipeline's first stage leaves them."""
     (folder / "urls").mkdir(parents=True)
     shards = []
     for k in range(-(-len(urls) // ROWS_PER_SHARD)):
@@ -120,30 +93,28 @@ def ours(urls: list[str], hosts: list[str], port: int, concurrency: int, folder:
         rows = [{"index": i, "url": u, "domain": "bench.test"} for i, u in enumerate(part)]
         shards.append(FetchShard(folder / "urls" / f"{k:05d}.parquet", folder / "fetch", k))
         pq.write_table(pa.Table.from_pylist(rows, schema=URL_SCHEMA), shards[-1].urls)
-    (folder / "hosts").write_text("".join(f"{ADDRESSES[i % 8]} {host}\n" for i, host in enumerate(hosts)))
-    config = FetchConfig(
-        allow_addresses=[f"{a}:{port}" for a in ADDRESSES],
-        hosts_file=str(folder / "hosts"),
-        concurrency=concurrency,
-        delay_s=0.0,
-    )
-    fetch_shards(shards, config, folder, lambda done, total: None)
-    kept = sum(finish_shard(shard, folder)[0].num_rows for shard in shards)
-    assert kept == len(urls), f"{kept} of {len(urls)} pages kept"
+    return shards
 
 
-def with_zlib(*arguments: Any) -> None:
-    """The same with the standard library's zlib at level 3 for the WARC files."""
-    vars(warc)["isal_zlib"], vars(warc)["COMPRESSION_LEVEL"] = zlib, 3
-    ours(*arguments)
+def ours(shards: list[FetchShard], port: int, folder: Path) -> None:
+    """The stage as the pipeline runs it."""
+    fetch_shards(shards, _config(port), folder, lambda done, total: None)
+    kept = wanted = 0
+    for shard in shards:
+        pages, verdicts = finish_shard(shard, folder)
+        kept, wanted = kept + pages.num_rows, wanted + verdicts.num_rows
+    assert kept == wanted, f"{kept} of {wanted} pages kept"
 
 
 SCRAPY = """
-import json, resource, sys, time
+import io, json, resource, sys, time
 from scrapy import Request, Spider
 from scrapy.crawler import CrawlerProcess
+from warcio.statusandheaders import StatusAndHeaders
+from warcio.warcwriter import WARCWriter
 
-urls = sys.argv[1] and open(sys.argv[1]).read().split()
+urls = open(sys.argv[1]).read().split()
+writer = WARCWriter(open(sys.argv[3], "wb"), gzip=True) if len(sys.argv) > 3 else None
 
 class Pages(Spider):
     name = "pages"
@@ -154,10 +125,18 @@ class Pages(Spider):
     def parse(self, response):
         assert len(response.text) > 1000
         Pages.kept += 1
+        if writer:
+            fields = [(k.decode(), v.decode()) for k, values in response.headers.items() for v in values]
+            head = StatusAndHeaders(f"{response.status} OK", fields, protocol="HTTP/1.1")
+            record = writer.create_warc_record(response.url, "response", io.BytesIO(response.body), http_headers=head)
+            sent = [(k.decode(), v.decode()) for k, values in response.request.headers.items() for v in values]
+            line = StatusAndHeaders(f"GET {response.url} HTTP/1.1", sent, is_http_request=True)
+            request = writer.create_warc_record(response.url, "request", io.BytesIO(b""), http_headers=line)
+            writer.write_request_response_pair(request, record)
 
 process = CrawlerProcess({
     "LOG_ENABLED": False, "ROBOTSTXT_OBEY": True, "DOWNLOAD_DELAY": 0, "TELNETCONSOLE_ENABLED": False,
-    "CONCURRENT_REQUESTS": int(sys.argv[2]), "CONCURRENT_REQUESTS_PER_DOMAIN": int(sys.argv[2]) // 8,
+    "CONCURRENT_REQUESTS": int(sys.argv[2]), "CONCURRENT_REQUESTS_PER_DOMAIN": 1,
 })
 process.crawl(Pages)
 before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
@@ -165,31 +144,34 @@ process.start()
 after, wall_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - begin
 assert Pages.kept == len(urls), Pages.kept
 cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-print(json.dumps({"wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": after.ru_maxrss / 1024}))
+print(json.dumps({"wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": after.ru_maxrss / 1024, "pages": len(urls)}))
 """
 
 
-def scrapy(urls: list[str], concurrency: int, folder: Path) -> dict[str, float] | str:
-    """Figures of a Scrapy crawl, or why there are none."""
+def scrapy(urls: list[str], folder: Path) -> dict[str, dict[str, float] | str]:
+    """Figures of Scrapy's crawls, or why there are none."""
     python = folder / "scrapy" / "bin" / "python"
     install = [
         [sys.executable, "-m", "venv", str(folder / "scrapy")],
-        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "scrapy>=2.13"],
+        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "scrapy>=2.13", "warcio"],
     ]
     for command in install:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            return f"cannot be installed ({(done.stderr.strip() or 'no reason given').splitlines()[-1][:200]})"
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1][:200]
+            return {"Scrapy": f"cannot be installed ({reason})"}
     (folder / "urls.txt").write_text("\n".join(urls))
-    command = [str(python), "-W", "ignore", "-c", SCRAPY, str(folder / "urls.txt"), str(concurrency)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        return f"failed ({done.stderr.strip().splitlines()[-1][:200]})"
-    figures: dict[str, float] = json.loads(done.stdout)
-    return {**figures, "pages": len(urls)}
+    figures: dict[str, dict[str, float] | str] = {}
+    for name, more in {"Scrapy": [], "Scrapy with warcio": [str(folder / "scrapy.warc.gz")]}.items():
+        command = [str(python), "-W", "ignore", "-c", SCRAPY, str(folder / "urls.txt"), str(len(HOSTS)), *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+        failed = done.returncode and f"failed ({done.stderr.strip().splitlines()[-1][:200]})"
+        figures[name] = failed or json.loads(done.stdout)
+    return figures
 
 
 def measured(pipe: Connection, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    pa.array(["imports what Arrow imports at its first use"])
     before, begin = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     work(*arguments)
     after, wall_s = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter() - begin
@@ -197,7 +179,7 @@ def measured(pipe: Connection, work: Callable[..., None], arguments: tuple[Any, 
     pipe.send({"wall_s": wall_s, "cpu_s": cpu_s, "peak_mb": after.ru_maxrss / 1024})
 
 
-def in_process(work: Callable[..., None], *arguments: Any) -> dict[str, float]:
+def in_process(pages: int, work: Callable[..., None], *arguments: Any) -> dict[str, float]:
     """Wall and CPU seconds and peak memory of `work(*arguments)` in a new process."""
     here, there = multiprocessing.Pipe()
     child = multiprocessing.get_context("spawn").Process(target=measured, args=(there, work, arguments))
@@ -205,53 +187,45 @@ def in_process(work: Callable[..., None], *arguments: Any) -> dict[str, float]:
     there.close()
     figures: dict[str, float] = here.recv()
     child.join()
-    return figures
+    return figures | {"pages": pages}
 
 
-def run(arguments: argparse.Namespace, folder: Path) -> dict[str, dict[str, float] | str]:
-    """Name of each way → its figures, or why there are none."""
-    here, there = multiprocessing.Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=serve, args=(there, arguments.kilobytes), daemon=True)
-    server.start()
-    port = here.recv()
-    hosts = [f"h{i}.bench.test" for i in range(8 * HOSTS_PER_ADDRESS)]
-    concurrency = len(hosts)
-
-    def by_address(pages: int) -> list[str]:
-        return [f"http://{ADDRESSES[i % 8]}:{port}/{i}" for i in range(pages)]
-
-    def by_name(pages: int) -> list[str]:
-        return [f"http://{hosts[i % len(hosts)]}:{port}/{i}" for i in range(pages)]
-
+def run(arguments: argparse.Namespace, folder: Path) -> tuple[str, dict[str, dict[str, float] | str]]:
+    """(the server's name; name of each way → its figures, or why there are none)."""
     figures: dict[str, dict[str, float] | str] = {}
-    pages = arguments.pages
-    try:
-        for name, work in {"crawl.fetch": ours, "crawl.fetch, zlib 3": with_zlib}.items():
-            figures[name] = in_process(work, by_name(pages), hosts, port, concurrency, folder / name) | {"pages": pages}
-        figures["bare aiohttp"] = in_process(bare, by_address(pages), concurrency) | {"pages": pages}
-        for size in (10_000, 100_000) if arguments.long else (10_000,):
-            name = f"crawl.fetch, {size:,}"
-            figures[name] = in_process(ours, by_name(size), hosts, port, concurrency, folder / name) | {"pages": size}
-            shutil.rmtree(folder / name)
+
+    def urls(pages: int) -> list[str]:
+        return [f"http://{HOSTS[i % len(HOSTS)]}:{port}/{i}" for i in range(pages)]
+
+    def fetch(name: str, pages: int) -> None:
+        place = folder / "fetch"
+        figures[name] = in_process(pages, ours, write_shards(urls(pages), place), port, place)
+        shutil.rmtree(place)
+
+    with serving(folder / "server", arguments.kilobytes) as (server, port):
+        pages = arguments.pages
+        fetch("crawl.fetch", pages)
+        figures["its client, bare"] = in_process(pages, bare_client, urls(pages), port)
+        figures["aiohttp, bare"] = in_process(pages, bare_aiohttp, urls(pages))
         if arguments.scrapy:
-            figures["Scrapy"] = scrapy(by_address(min(pages, 2000)), concurrency, folder)
-    finally:
-        server.terminate()
-        server.join()
-    return figures
+            figures |= scrapy(urls(min(pages, 4000)), folder)
+        fetch("crawl.fetch, again", pages)  # what the machine's mood is worth
+        if arguments.long:
+            fetch("crawl.fetch, long", 10 * pages)
+    return server, figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pages", type=int, default=4000)
+    parser.add_argument("--pages", type=int, default=10_000)
     parser.add_argument("--kilobytes", type=int, default=30, help="size of a page before compression")
-    parser.add_argument("--long", action="store_true", help="memory at 100,000 pages as well as at 10,000")
+    parser.add_argument("--long", action="store_true", help="ten times the pages as well, for the memory")
     parser.add_argument("--no-scrapy", dest="scrapy", action="store_false", help="leave Scrapy out")
     parser.add_argument("--json", type=Path, help="write the figures to this file as well")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(arguments, Path(folder))
-    print(f"pages of {arguments.kilobytes} kB, gzip, {8 * HOSTS_PER_ADDRESS} at once, {platform.machine()}")
+        server, figures = run(arguments, Path(folder))
+    print(f"pages of {arguments.kilobytes} kB, gzip, {len(HOSTS)} hosts, {server}, {platform.machine()}")
     print(f"{'':<24}{'pages':>9}{'pages/s':>10}{'pages/CPU s':>13}{'peak MB':>9}")
     for name, row in figures.items():
         if isinstance(row, str):
@@ -263,15 +237,14 @@ def main() -> None:
             f"{row['peak_mb']:>9,.0f}"
         )
     mine = figures["crawl.fetch"]
-    for name in ("bare aiohttp", "crawl.fetch, zlib 3", "Scrapy"):
+    for name in ("its client, bare", "aiohttp, bare", "Scrapy", "Scrapy with warcio"):
         other = figures.get(name)
         if isinstance(mine, dict) and isinstance(other, dict):
             wall, cpu = (mine[key] / other[key] for key in ("pages_per_s", "pages_per_cpu_s"))
             print(f"crawl.fetch / {name}: {wall:.2f} in pages/s, {cpu:.2f} in pages per CPU second")
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"arguments": vars(arguments) | {"json": None}, "figures": figures}, indent=1)
-        )
+        settings = {name: value for name, value in vars(arguments).items() if name != "json"}
+        arguments.json.write_text(json.dumps({"arguments": settings, "server": server, "figures": figures}, indent=1))
 
 
 if __name__ == "__main__":

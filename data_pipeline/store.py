@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -36,11 +36,16 @@ def storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in _MACHINE_ERRORS:
-            raise
-        raise StorageError(
-            f"{path}: {os.strerror(e.errno or 0)}; earlier results are intact, run the same command again once mended"
-        ) from e
+        raise_storage_error(e, path)
+
+
+def raise_storage_error(error: OSError, path: Path) -> NoReturn:
+    """`storage_errors` for a place that is passed a million times, where a context costs more than the work."""
+    if error.errno not in _MACHINE_ERRORS:
+        raise error
+    raise StorageError(
+        f"{path}: {os.strerror(error.errno or 0)}; earlier results are intact, run the same command again once mended"
+    ) from error
 
 
 @contextmanager

@@ -16,10 +16,10 @@ One event loop serves all shards it is given; what it has decided is never decid
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import signal
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,13 @@ import uvloop
 
 from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.addresses import AddressRules, Lookup, read_hosts_file
-from data_pipeline.crawl.fetch_journal import journal_path, newest_decisions, read_journal, warc_name, warc_path
+from data_pipeline.crawl.fetch_journal import decisions_and_tries, journal_path, read_journal, warc_name, warc_path
 from data_pipeline.crawl.fetch_queue import FetchShard
 from data_pipeline.crawl.http_get import HttpClient
 from data_pipeline.crawl.lanes import SLOW_LANE_FACTOR
 from data_pipeline.crawl.rescue import Rescue, is_dead
 from data_pipeline.crawl.scheduler import OPEN_SHARDS, Scheduler
-from data_pipeline.crawl.url_syntax import host_of, port_of
+from data_pipeline.crawl.url_syntax import host_of, origin_of, port_of
 from data_pipeline.records import (
     FAILED,
     KEPT,
@@ -50,6 +50,11 @@ from data_pipeline.records import (
 )
 
 __all__ = ["FetchShard", "fetch_shards", "finish_shard", "read_journal"]
+
+
+_GC_THRESHOLD = (20_000, 20, 20)
+"""Python's collector by default goes over all that lives after every 700 new objects, a few dozen pages; what a page
+leaves behind holds no circles."""
 
 
 def fetch_shards(
@@ -86,10 +91,14 @@ def demand_contact(shards: Sequence[FetchShard], config: FetchConfig) -> None:
     remedy = "fetch.contact='': site owners must be able to reach you; give fetch.contact=https://… or a mail address"
     rules = AddressRules(config)
     hosts = read_hosts_file(Path(config.hosts_file)) if config.hosts_file else {}
+    seen: set[str] = set()
     for shard in shards:
         with pq.ParquetFile(shard.urls) as parquet:
             for batch in parquet.iter_batches(columns=["url"]):
                 for url in batch.column(0).to_pylist():
+                    if (origin := origin_of(url)) in seen:
+                        continue
+                    seen.add(origin)
                     host = host_of(url)
                     if any(rules.refusal(ip, port_of(url)) for ip in hosts.get(host, [host])):
                         raise ConfigError([f"{remedy} ({url[:100]} is not in fetch.allow_addresses)"])
@@ -104,6 +113,8 @@ async def _run(
     on_note: Callable[[str], None],
 ) -> int | None:
     """The signal that ended the run, if one did."""
+    collector = gc.get_threshold()
+    gc.set_threshold(*_GC_THRESHOLD)
     before = _raise_file_limit(config.concurrency * (1 + SLOW_LANE_FACTOR) + 3 * OPEN_SHARDS + 1000)
     client = HttpClient(config, lookup)
     scheduler = Scheduler(shards, config, corpus, client, on_progress, on_note)
@@ -117,6 +128,7 @@ async def _run(
         for number in signals:
             loop.remove_signal_handler(number)
         await client.close()
+        gc.set_threshold(*collector)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     return scheduler.caught
 
@@ -139,8 +151,7 @@ def finish_shard(shard: FetchShard, corpus: Path, rescue: Rescue | None = None) 
 
     Raises AccountingError when a URL has no state yet, CorruptionError when a page is not in its WARC file.
     """
-    lines = newest_decisions(journal_path(shard.folder, shard.number))
-    tries = Counter(line["url"] for line in read_journal(journal_path(shard.folder, shard.number)))
+    lines, tries = decisions_and_tries(journal_path(shard.folder, shard.number))
     urls = pq.read_table(shard.urls).to_pylist()
     dead = [url for url, line in lines.items() if line["state"] == FAILED and is_dead(line["reason"], line["detail"])]
     archived = rescue.find(dead) if rescue is not None else {}

@@ -17,13 +17,14 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, is_revisit, read_response
 from data_pipeline.records import KEPT
-from data_pipeline.store import lock, storage_errors, write_atomic
+from data_pipeline.store import lock, raise_storage_error, storage_errors, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,12 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 def newest_decisions(path: Path) -> dict[str, dict[str, Any]]:
     """URL → its decision; one that was opened again has none until it is decided anew."""
     return _newest(_lines(path)[0])
+
+
+def decisions_and_tries(path: Path) -> tuple[dict[str, dict[str, Any]], Counter[str]]:
+    """(URL → its decision, as in `newest_decisions`; URL → how often it was decided)."""
+    lines = _lines(path)[0]
+    return _newest(lines), Counter(line["url"] for line in lines if "state" in line)
 
 
 def _newest(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -101,8 +108,11 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, end
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _encoded(line: dict[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace") + b"\n"
+    return _encode(line).encode("utf-8", "replace") + b"\n"
 
 
 # A cluster may take a node for dead that only lost touch with it, and hand its shards to another while the first still
@@ -122,10 +132,12 @@ class AppendOnly:
 
     def write(self, line: dict[str, Any]) -> None:
         data = _encoded(line)
-        with storage_errors(self.path):
+        try:
             written = os.write(self._file, data)
             if written != len(data):  # no room: the torn line is cut at the next start
                 os.write(self._file, data[written:])
+        except OSError as e:
+            raise_storage_error(e, self.path)
 
     def duplicate(self) -> int:
         return os.dup(self._file)

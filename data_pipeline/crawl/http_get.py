@@ -12,6 +12,7 @@ import datetime
 import time
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
 from data_pipeline.config import FetchConfig
@@ -51,7 +52,13 @@ def retry_after_s(value: str) -> float | None:
 
 def now_text() -> str:
     """This moment, RFC 3339 in UTC, to the millisecond."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+    ms = time.time_ns() // 1_000_000
+    return f"{_second_text(ms // 1000)}.{ms % 1000:03d}Z"
+
+
+@lru_cache(maxsize=4)
+def _second_text(second: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
 
 
 class HttpClient:

@@ -227,6 +227,7 @@ _VALUED = frozenset(("max-snippet", "max-image-preview", "max-video-preview"))
 _DATED = re.compile(r"unavailable_after\s*:[^,]*(?:,\s*\d[^,]*)?", re.IGNORECASE)  # RFC 850 dates hold a comma
 # Neither may run over the next tag: a page of a hundred thousand `<meta` must cost no more than its length.
 _META = re.compile(rb"<meta\b([^<>]{0,2000})>", re.IGNORECASE)
+_META_START = re.compile(rb"<[mM][eE][tT][aA]")  # ten times as fast as with IGNORECASE
 _META_BYTES = 2010
 """No match of `_META` is longer."""
 _WORDS = tuple(word.encode() for word in (*sorted(_REFUSING), TDM_RESERVATION))
@@ -263,12 +264,8 @@ def refusal_in_html(body: bytes, agent: str) -> str | None:
     head = body[:_HEAD_BYTES]
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
         head = head.decode("utf-16", "replace").encode()
-    lowered = head.lower()
-    first = lowered.find(b"<meta")
-    if first < 0:
-        return None
-    metas = lowered[first : lowered.rfind(b"<meta") + _META_BYTES]  # a cheap look at that stretch before the search
-    if not any(word in metas for word in _WORDS):
+    tags = (head[m.start() : m.start() + _META_BYTES].partition(b">")[0].lower() for m in _META_START.finditer(head))
+    if not any(word in tag for tag in tags for word in _WORDS):  # a cheap look before the careful one
         return None
     for match in _META.finditer(_HIDDEN.sub(b"", head)):
         attributes = {

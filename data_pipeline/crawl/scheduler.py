@@ -291,6 +291,7 @@ class Scheduler:
 
     async def _robots_or_page(self, host: Host, job: Job, flight: Flight) -> None:
         rule = "fetch.robots=false: robots.txt is not asked for"
+        asked_delay_s = 0.0
         if self.config.robots:
             origin = origin_of(job.url)
             site = self.robots.known(origin)
@@ -307,8 +308,9 @@ class Scheduler:
             rule = decision.rule
             if not decision.allowed:
                 raise FetchError(site.refusal_reason, rule)
+            asked_delay_s = site.delay_s
         started = time.monotonic()
-        host.delay_s = self._delay_s(host, job.url)
+        host.delay_s = self._delay_s(host, asked_delay_s)
         self.rest_until(host.name, started + host.delay_s)
         conditions = job.earlier.conditions() if job.earlier and job.url == job.earlier.final_url else {}
         audit: dict[str, Any] = {
@@ -344,9 +346,9 @@ class Scheduler:
             job.shard.log.audit.write(audit)
         self._judge(host, job, reply, conditional=bool(conditions))
 
-    def _delay_s(self, host: Host, url: str) -> float:
-        site = self.robots.known(origin_of(url)) if self.config.robots else None
-        delay_s = max(self.config.delay_s, site.delay_s if site is not None else 0.0)
+    def _delay_s(self, host: Host, asked_s: float) -> float:
+        """`asked_s`: the Crawl-delay of its robots.txt."""
+        delay_s = max(self.config.delay_s, asked_s)
         return delay_s if host.strain == 1.0 else host.strain * max(delay_s, LEAST_TURN_S)
 
     def _rest(self, host: Host) -> None:
@@ -399,7 +401,8 @@ class Scheduler:
         """429 and 5xx: the host rests and is asked more slowly from now on, then the URL gets another try."""
         if reply.status in (429, 503):
             host.strain = min(MAX_STRAIN, host.strain * STRAIN_GROWS)
-            host.delay_s = self._delay_s(host, job.url)
+            site = self.robots.known(origin_of(job.url)) if self.config.robots else None
+            host.delay_s = self._delay_s(host, site.delay_s if site is not None else 0.0)
             self.rest_until(host.name, time.monotonic() + host.delay_s)
         wait_s = retry_after_s(reply.header("retry-after"))
         if wait_s is not None and wait_s > self.config.max_retry_after_s:
