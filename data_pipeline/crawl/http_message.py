@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_FIELDS = 256
 """Header fields of one response; `max_header_bytes` bounds them together."""
 MAX_INTERIM = 16
 """Responses of the 1xx class before the real one; their bytes count as header bytes, too."""
+MAX_COMMON_BYTES = 100
+"""Fields longer than this are not remembered, so that what is remembered stays small."""
 MAX_CHUNK_LINE_BYTES = 4096
 """A chunk's size with its extensions, which nobody uses."""
 
@@ -255,12 +258,21 @@ def _head(raw: bytes) -> Head:
     headers: list[tuple[str, str]] = []
     fields: dict[str, list[str]] = {}
     for line in lines:
-        key, colon, content = line.partition(b":")
-        if not colon or not key or key.translate(None, _TOKEN_CHARACTERS):
-            raise FetchError("protocol", f"bad header field {line[:60]!r}")
-        name, value = key.decode("ascii"), content.strip(b" \t").decode("utf-8", "surrogateescape")
+        name, value, small = _common_field(line) if len(line) <= MAX_COMMON_BYTES else _field(line)
         headers.append((name, value))
-        fields.setdefault(name.lower(), []).append(value)
+        fields.setdefault(small, []).append(value)
     version, code, phrase = status.groups()
     reason_phrase = (phrase or b"").decode("utf-8", "surrogateescape")
     return Head(int(code), f"1.{int(version)}", reason_phrase, tuple(headers), fields)
+
+
+def _field(line: bytes) -> tuple[str, str, str]:
+    """(name, value, name in small letters). Raises FetchError: protocol."""
+    key, colon, content = line.partition(b":")
+    if not colon or not key or key.translate(None, _TOKEN_CHARACTERS):
+        raise FetchError("protocol", f"bad header field {line[:60]!r}")
+    name = key.decode("ascii")
+    return name, content.strip(b" \t").decode("utf-8", "surrogateescape"), name.lower()
+
+
+_common_field = lru_cache(maxsize=1024)(_field)  # most of a response's fields are as in the last one

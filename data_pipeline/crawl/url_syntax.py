@@ -111,7 +111,7 @@ def _split_normal(url: str) -> tuple[str, str, str, str]:
 
 def host_of(url: str) -> str:
     """The host of a URL in normal form, without brackets."""
-    authority = _split_normal(url)[1]
+    authority = origin_of(url).partition("://")[2]
     if authority.startswith("["):
         return authority[1 : authority.index("]")]
     return authority.partition(":")[0]
@@ -119,8 +119,8 @@ def host_of(url: str) -> str:
 
 def origin_of(url: str) -> str:
     """`scheme://host[:port]` of a URL in normal form."""
-    scheme, authority, _, _ = _split_normal(url)
-    return f"{scheme}://{authority}"
+    end = url.find("/", 8)  # behind https://; a normal form has a path
+    return url[:end] if end >= 0 else url.partition("?")[0]
 
 
 def port_of(url: str) -> int:
