@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from web import Site
 
 SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -20,7 +25,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell's background job ignores SIGINT and so would every process that a test starts and interrupts.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LONGEST = ("test_train", "test_pipeline", "test_launch", "test_real_pages", "test_fetch", "test_crawl", "test_extract")
+LONGEST = (
+    "test_train",
+    "test_pipeline",
+    "test_launch",
+    "test_real_pages",
+    "test_fetch",
+    "test_crawl",
+    "test_politeness",
+    "test_extract",
+)
 """Files that take longest, begun first, so that two processes end at about the same time."""
 
 
@@ -35,3 +49,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no folder of real data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    """A web server on loopback that does what it is told."""
+    from web import Site
+
+    with Site() as server:
+        yield server

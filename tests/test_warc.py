@@ -23,7 +23,7 @@ from fastwarc.warc import ArchiveIterator
 from warcio.archiveiterator import ArchiveIterator as WarcioIterator
 from warcio.checker import Checker
 
-from data_pipeline.crawl.http_body import BodyError, content_codings, dechunk, decode_body, is_html
+from data_pipeline.crawl.http.body import BodyError, content_codings, dechunk, decode_body, is_html
 from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, index_warc, read_response
 
 SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -393,7 +393,7 @@ MEASURE = textwrap.dedent(
     """
     import resource, sys, time, zlib, gzip
     import brotli, zstandard
-    from data_pipeline.crawl.http_body import BodyError, decode_body
+    from data_pipeline.crawl.http.body import BodyError, decode_body
     block = bytes(1 << 20)
 
     def packed(coding):

@@ -12,13 +12,16 @@ import sys
 import textwrap
 import threading
 import time
+import zlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import brotli
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zstandard
 from warcio.checker import Checker
 
 from data_pipeline.config import FetchConfig
@@ -146,6 +149,19 @@ def redirect(to: str) -> bytes:
     return response(b"", "302 Found", Location=to)
 
 
+def bomb(coding: str, megabytes: int) -> bytes:
+    """So many megabytes of zeros, packed."""
+    block = b"\0" * (1 << 20)
+    if coding == "br":
+        compressor = brotli.Compressor(quality=1)
+        return b"".join(compressor.process(block) for _ in range(megabytes)) + compressor.finish()
+    if coding == "zstd":
+        z = zstandard.ZstdCompressor().compressobj()
+        return b"".join(z.compress(block) for _ in range(megabytes)) + z.flush()
+    c = zlib.compressobj(9, wbits=31 if coding == "gzip" else 15)
+    return b"".join(c.compress(block) for _ in range(megabytes)) + c.flush()
+
+
 # ---- running the fetch ------------------------------------------------------------------------------------------
 
 
@@ -216,15 +232,17 @@ CHILD = textwrap.dedent(
     from pathlib import Path
     from data_pipeline.config import FetchConfig
     from data_pipeline.crawl.fetch import FetchShard, fetch_shards
-    folder, shards, config = Path(sys.argv[1]), int(sys.argv[2]), FetchConfig(**json.loads(sys.argv[3]))
-    all_shards = [FetchShard(folder / "urls" / f"{k:05d}.parquet", folder / "fetch", k) for k in range(shards)]
-    fetch_shards(all_shards, config, folder, lambda done, total: None)
+    folder, shards, config = Path(sys.argv[1]), json.loads(sys.argv[2]), FetchConfig(**json.loads(sys.argv[3]))
+    own_shards = [FetchShard(folder / "urls" / f"{k:05d}.parquet", folder / "fetch", k) for k in shards]
+    fetch_shards(own_shards, config, folder, lambda done, total: None)
     """
 )
 
 
-def start_child(run: Crawl) -> subprocess.Popen[bytes]:
-    arguments = [str(run.folder), str(len(run.shards)), json.dumps(run.config.__dict__)]
+def start_child(run: Crawl, shards: list[int] | None = None) -> subprocess.Popen[bytes]:
+    """A process that fetches `shards` of `run`, by default all."""
+    numbers = shards if shards is not None else list(range(len(run.shards)))
+    arguments = [str(run.folder), json.dumps(numbers), json.dumps(run.config.__dict__)]
     return subprocess.Popen([sys.executable, "-c", CHILD, *arguments], stderr=subprocess.PIPE)
 
 

@@ -10,6 +10,7 @@ The rooms, in the order a URL meets them, helpers last:
     fetch          the stage: shards of URLs → WARC files, a journal, pages and verdicts
     scheduler      when each host has its turn, and what becomes of each URL
     lanes          how many requests are under way, fast and slow
+    shared_turns   turns of hosts that several processes may ask
     tail           what the end waits for: the hosts with the most left
     decision       one URL's end, as it is journaled and archived
     fetch_queue    shards read bit by bit, and the queue of each host
@@ -18,9 +19,8 @@ The rooms, in the order a URL meets them, helpers last:
     earlier        the pages of an earlier corpus, asked for only if changed
     rescue         dead links, looked up in WARC files at hand
     robots_cache   robots.txt of each origin, fetched once
-    http_get       one HTTP request, bounded in every direction
+    http/          one GET request, bounded in every direction
     page_rules     which responses are pages
-    http_body      codings undone within a bound; is it HTML?
     warc           writing WARC records; reading responses back, by offset or all of a file
     warc_records   records of any WARC or ARC file, whole or broken
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.crawl.earlier import validator
 from data_pipeline.crawl.fetch_queue import Job
-from data_pipeline.crawl.http_get import Reply, now_text
+from data_pipeline.crawl.http.get import Reply, now_text
 from data_pipeline.crawl.warc import Exchange
 from data_pipeline.records import KEPT
 

@@ -1,6 +1,6 @@
 """URLs → responses in WARC files, politely and safely; each URL ends in exactly one typed state.
 
-    urls/00000.parquet ─► scheduler (a turn for each host) ─► http_get (one bounded request) ─► page_rules
+    urls/00000.parquet ─► scheduler (a turn for each host) ─► http.get (one bounded request) ─► page_rules
                                 │                                                                │
     corpus/warc/00000-000.warc.gz, fetch/00000.journal.jsonl, fetch/00000.audit.jsonl ◄──────────┘
 
@@ -32,7 +32,7 @@ from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.addresses import AddressRules, Lookup, read_hosts_file
 from data_pipeline.crawl.fetch_journal import decisions_and_tries, journal_path, read_journal, warc_name, warc_path
 from data_pipeline.crawl.fetch_queue import FetchShard
-from data_pipeline.crawl.http_get import HttpClient
+from data_pipeline.crawl.http.get import HttpClient
 from data_pipeline.crawl.lanes import SLOW_LANE_FACTOR
 from data_pipeline.crawl.rescue import Rescue, is_dead
 from data_pipeline.crawl.scheduler import OPEN_SHARDS, Scheduler

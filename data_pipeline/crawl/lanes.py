@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from data_pipeline.crawl.http_get import FetchError
+from data_pipeline.crawl.http.get import FetchError
 
 SLOW_AFTER_S = 5.0
 """A request that takes longer than this moves to the slow lane and no longer counts against `concurrency`."""

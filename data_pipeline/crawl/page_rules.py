@@ -7,8 +7,8 @@ out. Nothing here waits or remembers.
 from __future__ import annotations
 
 from data_pipeline.config import FetchConfig, UrlListConfig
-from data_pipeline.crawl.http_body import BodyError, content_codings, decode_body, is_html, media_type
-from data_pipeline.crawl.http_get import FetchError, Reply
+from data_pipeline.crawl.http.body import BodyError, content_codings, decode_body, is_html, media_type
+from data_pipeline.crawl.http.get import FetchError, Reply
 from data_pipeline.crawl.robots import refusal_in_headers, refusal_in_html
 from data_pipeline.crawl.url_syntax import InvalidUrl, normalize
 

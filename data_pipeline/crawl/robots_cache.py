@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from data_pipeline.config import FetchConfig, UrlListConfig
 from data_pipeline.crawl.fetch_journal import AppendOnly
-from data_pipeline.crawl.http_body import BodyError, content_codings, decode_body
-from data_pipeline.crawl.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
+from data_pipeline.crawl.http.body import BodyError, content_codings, decode_body
+from data_pipeline.crawl.http.get import FetchError, HttpClient, Reply, now_text, retry_after_s
 from data_pipeline.crawl.robots import MAX_ROBOTS_BYTES, RobotsRules, no_rules, rules_for_status, unreachable_rules
 from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize
 
@@ -46,6 +46,10 @@ class Turns(Protocol):
 
     def rest_until(self, host: str, moment: float) -> None: ...
 
+    def claim(self, host: str) -> float: ...
+
+    def release(self, host: str) -> None: ...
+
 
 class RobotsCache:
     def __init__(self, client: HttpClient, config: FetchConfig, turns: Turns) -> None:
@@ -73,11 +77,11 @@ class RobotsCache:
 
     async def _ask(self, origin: str, audit: AppendOnly) -> tuple[Site, float | None]:
         """(what came of one try, seconds after which another one may help)."""
-        url = f"{origin}/robots.txt"
+        url, own_host = f"{origin}/robots.txt", host_of(origin)
         reply: Reply | None = None
         for hop in range(MAX_HOPS + 1):
-            if hop:
-                await self._turn_of(host_of(url))
+            host = host_of(url)
+            claimed = hop > 0 and await self._turn_of(host, own_host)
             line: dict[str, Any] = {"at": now_text(), "url": url, "rule": "robots.txt itself is always allowed"}
             try:
                 reply = await self._get(url)
@@ -86,7 +90,9 @@ class RobotsCache:
                 line["error"] = e.reason
                 return self._failed(e, own_host=hop == 0), 0.0 if e.passing else None
             finally:
-                self.turns.rest_until(host_of(url), time.monotonic() + self.config.delay_s)
+                self.turns.rest_until(host, time.monotonic() + self.config.delay_s)
+                if claimed:
+                    self.turns.release(host)
                 audit.write(line)
             if not 300 <= reply.status < 400 or not reply.header("location"):
                 break
@@ -100,12 +106,21 @@ class RobotsCache:
         passing = reply.status == 429 or reply.status >= 500
         return self._read(reply), (retry_after_s(reply.header("retry-after")) or 0.0) if passing else None
 
-    async def _turn_of(self, host: str) -> None:
-        """Wait until `host`, to which robots.txt was redirected, may be asked, and take that turn."""
+    async def _turn_of(self, host: str, own_host: str) -> bool:
+        """Wait until `host`, to which robots.txt was redirected, may be asked, and take that turn; whether it has to be
+        released. The turn of `own_host` is this process's already."""
         give_up = time.monotonic() + self.config.max_retry_after_s
-        while (wait_s := min(self.turns.next_start(host), give_up) - time.monotonic()) > 0:
-            await asyncio.sleep(wait_s)
+        claimed = False
+        while time.monotonic() < give_up:
+            wait_s = self.turns.next_start(host) - time.monotonic()
+            if wait_s <= 0 and host != own_host:
+                wait_s = self.turns.claim(host)
+                claimed = not wait_s
+            if wait_s <= 0:
+                break
+            await asyncio.sleep(min(wait_s, max(0.0, give_up - time.monotonic())))
         self.turns.rest_until(host, time.monotonic() + self.config.delay_s)
+        return claimed
 
     async def _get(self, url: str) -> Reply:
         return await self.client.get(

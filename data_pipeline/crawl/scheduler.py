@@ -2,7 +2,8 @@
 
     shards of URLs ─ read as there is room ─► hosts, each with its queue and the time of its next turn
         │ a host's first turn fetches its robots.txt (RFC 9309); every later turn is one request of one URL
-        │ a redirect is a new turn of the host that it leads to, with that host's robots.txt and delay
+        │ a redirect is a new turn of the host that it leads to, with that host's robots.txt and delay; where several
+    │ processes fetch, `shared_turns` keeps two of them from asking one host at the same time
         ▼ a decision in the shard's journal, the page before it in its WARC file
 
 Memory is bounded: so many shards are open, so many URLs of each are waiting, so many responses are under way; hosts are
@@ -27,10 +28,11 @@ import pyarrow.parquet as pq
 from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.decision import journal_line
 from data_pipeline.crawl.fetch_queue import FetchShard, Host, Job, OpenShard
-from data_pipeline.crawl.http_get import FetchError, HttpClient, Reply, now_text, retry_after_s
+from data_pipeline.crawl.http.get import FetchError, HttpClient, Reply, now_text, retry_after_s
 from data_pipeline.crawl.lanes import NEW_SLOW_AFTER_S, SLOW_AFTER_S, Flight, Lanes
 from data_pipeline.crawl.page_rules import REDIRECTS, header_refusal, page_body, redirect_target, wants_body
 from data_pipeline.crawl.robots_cache import RobotsCache
+from data_pipeline.crawl.shared_turns import SharedTurns
 from data_pipeline.crawl.tail import Backlog
 from data_pipeline.crawl.url_syntax import host_of, origin_of
 from data_pipeline.records import DROPPED, FAILED, KEPT, AccountingError
@@ -79,6 +81,10 @@ class Scheduler:
         self.resting: list[tuple[float, int, Host]] = []
         self.sequence = itertools.count()
         self.robots = RobotsCache(client, config, self)
+        self.shared: SharedTurns | None = None
+        if config.processes > 1 and shards:
+            longest_s = MAX_STRAIN * max(config.delay_s, config.max_crawl_delay_s) + config.max_retry_after_s
+            self.shared = SharedTurns(shards[0].folder / "turns", longest_s)
         self.wake = asyncio.Event()
         self.lanes = Lanes(config.concurrency, self.wake.set)
         self.tasks: set[asyncio.Task[None]] = set()
@@ -113,6 +119,8 @@ class Scheduler:
             await asyncio.gather(*self.tasks, syncing, estimating, return_exceptions=True)
             for shard in self.open:
                 shard.log.close()
+            if self.shared is not None:
+                self.shared.close()
             self.on_progress(self.done, self.total)
         if self.caught is None and self.done != self.total:
             raise AccountingError(f"fetch: {self.total} URLs in, {self.done} decided")
@@ -180,6 +188,11 @@ class Scheduler:
             if host.busy or not host.queue:
                 continue  # an older entry of the same host was first
             if host.due() > now:
+                self._schedule(host)
+                continue
+            wait_s = self.claim(host.name)
+            if wait_s:  # another process is asking it, or has just done so
+                host.next_start = max(host.next_start, now + wait_s)
                 self._schedule(host)
                 continue
             _, _, job = heapq.heappop(host.queue)
@@ -284,6 +297,7 @@ class Scheduler:
             slow_down.cancel()
             flight.land()
             host.busy = False
+            self.release(host.name)
             if host.queue:
                 self._schedule(host)
             else:
@@ -353,6 +367,14 @@ class Scheduler:
 
     def _rest(self, host: Host) -> None:
         heapq.heappush(self.resting, (host.next_start, next(self.sequence), host))
+
+    def claim(self, name: str) -> float:
+        """0.0: nobody else asks this host until `release`; else the seconds to wait before the next try."""
+        return self.shared.claim(name) if self.shared is not None else 0.0
+
+    def release(self, name: str) -> None:
+        if self.shared is not None:
+            self.shared.release(name, max(0.0, self.next_start(name) - time.monotonic()))
 
     def next_start(self, name: str) -> float:
         return self._host(name).next_start

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from isal import isal_zlib
 
-from data_pipeline.crawl.http_body import BodyError, content_codings, dechunk, decode_body, is_html
+from data_pipeline.crawl.http.body import BodyError, content_codings, dechunk, decode_body, is_html
 from data_pipeline.crawl.url_syntax import registrable_domain
 from data_pipeline.crawl.warc_records import MAX_HEADER_BYTES, Archive, Record, WarcError
 from data_pipeline.records import DROPPED, FAILED, KEPT

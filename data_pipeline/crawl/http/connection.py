@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import cast
 
 from data_pipeline.crawl.addresses import BlockedAddressError, LookupFailedError, VettedConnector
-from data_pipeline.crawl.http_message import FetchError, Head, Reply, ResponseReader
+from data_pipeline.crawl.http.message import FetchError, Head, Reply, ResponseReader
 
 DRAINED_BYTES = 16_384
 """A body nobody wants is read to its end up to this length, since then the connection can be used again."""

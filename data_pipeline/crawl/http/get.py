@@ -2,7 +2,7 @@
 
 A URL in normal form flows in; a `Reply` or a `FetchError` with a typed reason flows out. Redirects are not followed
 here (each hop is vetted and waits its turn in `fetch`), cookies and credentials do not exist, and the body stays as it
-was sent: decoding is bounded elsewhere (`http_body`).
+was sent: decoding is bounded elsewhere (`body`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.addresses import Lookup, VettedConnector
-from data_pipeline.crawl.http_connection import Connections, Exchange
-from data_pipeline.crawl.http_message import FetchError, Reply
+from data_pipeline.crawl.http.connection import Connections, Exchange
+from data_pipeline.crawl.http.message import FetchError, Reply
 from data_pipeline.crawl.url_syntax import host_of, origin_of, port_of
 
 __all__ = ["FetchError", "HttpClient", "Reply", "now_text", "retry_after_s", "user_agent"]

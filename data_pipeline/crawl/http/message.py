@@ -248,6 +248,8 @@ def _head(raw: bytes) -> Head:
     if b"\r" in text or b"\0" in text:
         raise FetchError("protocol", f"a lone CR or a NUL in the header {raw[:60]!r}")
     if b"\n " in text or b"\n\t" in text:
+        if text.startswith((b" ", b"\t"), text.index(b"\n") + 1):
+            raise FetchError("protocol", "white space before the first header field")
         text = _FOLD.sub(b" ", text)
     start, *lines = text[:-2].split(b"\n")
     status = _STATUS_LINE.fullmatch(start)
