@@ -456,7 +456,7 @@ def check(config: CorpusConfig) -> list[str]:
         "leave it out or give your crawler's name",
     )
     require(
-        re.fullmatch(r"(https?://[^\s()]+|[^\s@()]+@[^\s@()]+)?", f.contact) is not None,
+        re.fullmatch(r"(https?://[!-'*-~]+|[!-'*-?A-~]+@[!-'*-?A-~]+)?", f.contact) is not None,
         "fetch.contact",
         f.contact,
         "must be a page or a mail address, as it goes into the user agent",

@@ -288,3 +288,105 @@ def test_tls_is_verified(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyP
         assert not unknown.requests
         assert not other_name.requests
         assert not expired.requests
+
+
+def test_every_oddity_of_http_ends_typed_and_leaves_the_next_answer_alone(tmp_path: Path, site: Site) -> None:
+    ok, page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n", b"<html>honest"
+    chunked = ok + b"Transfer-Encoding: chunked\r\n\r\n"
+    whole = b"c\r\n" + page + b"\r\n0\r\n"
+    kept: tuple[str, str | None] = ("kept", None)
+    cases: dict[str, tuple[bytes | Handler, tuple[str, str | None]]] = {
+        "/http-0.9": (closing(b"<html>HTTP/0.9 has no header"), ("failed", "protocol")),
+        "/http-2": (closing(b"\0\0\x12\x04\0\0\0\0\0"), ("failed", "protocol")),
+        "/flood-of-1xx": (drip(b"", b"HTTP/1.1 102 Processing\r\n\r\n" * 50, 0.01), ("failed", "protocol")),
+        "/hints": (b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n" + response(page), kept),
+        "/upgrade": (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: h2c\r\n\r\n", ("failed", "protocol")),
+        "/204-with-body": (response(page, "204 No Content") + response(b"<html>smuggled"), ("failed", "http_status")),
+        "/304-with-body": (response(page, "304 Not Modified") + response(b"<html>x"), ("failed", "http_status")),
+        "/extensions": (closing(chunked + (b"1;" + b"x" * 2000 + b"\r\na\r\n") * 100), ("failed", "protocol")),
+        "/chunks-of-one": (closing(chunked + b"1\r\na\r\n" * 99_999), ("failed", "protocol")),
+        "/trailers": (chunked + whole + b"Set-Cookie: a=b\r\nX-Robots-Tag: noindex\r\n\r\n", kept),
+        "/endless-trailers": (drip(chunked + whole, b"T: x\r\n" * 5000, 0.01), ("failed", "protocol")),
+        "/both-lengths": (ok + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n" + whole + b"\r\n", kept),
+        "/cr": (closing(ok + b"X: a\rb\r\n\r\n"), ("failed", "protocol")),
+        "/nul": (closing(ok + b"X: a\0b\r\n\r\n"), ("failed", "protocol")),
+        "/error-that-drips": (
+            drip(b"HTTP/1.1 404 Not Found\r\nContent-Length: 9000\r\n\r\n", b"X"),
+            ("failed", "http_status"),
+        ),
+        "/error-without-end": (drip(b"HTTP/1.1 404 No\r\n\r\n", b"X" * 9000, 0.001), ("failed", "http_status")),
+        "/after-negative": (response(b"", "503 Busy", Retry_After="-5"), ("failed", "http_status")),
+        "/after-huge": (response(b"", "503 Busy", Retry_After="9" * 400), ("failed", "retry_after")),
+        "/after-9999": (
+            response(b"", "429 Slow", Retry_After="Fri, 31 Dec 9999 23:59:59 GMT"),
+            ("failed", "retry_after"),
+        ),
+        "/after-nonsense": (
+            response(b"", "503 Busy", Retry_After="\xb2 Feb -1 99:99:99 +9999"),
+            ("failed", "http_status"),
+        ),
+        "/to-itself-by-backslash": (redirect("\\\\good.test\\\\x"), ("dropped", "blocked_address")),
+        "/to-control": (redirect("/x\x01\x7f y"), kept),
+        "/to-long": (redirect("/" + "a" * 20_000), ("failed", "protocol")),
+        "/to-credentials": (redirect("ftp://me:hunter2@x.test/"), ("dropped", "bad_scheme")),
+        "/to-port": (redirect("http://x.test:99999/"), ("failed", "protocol")),
+        "/to-newline": (redirect("/x?\ty"), kept),
+    }
+    site.pages = {f"{p}": answer for p, (answer, _) in cases.items()}
+    site.default = response(page)  # what stands behind odd redirects, and follows on the same connection
+    hosts = [f"h{i}.test" for i in range(len(cases))]
+    urls = {f"http://{h}:{site.port}{p}": p for h, p in zip(hosts, cases, strict=True)}
+    after = [f"http://{h}:{site.port}/after{i}" for h in hosts for i in range(2)]
+    run = Crawl(
+        tmp_path,
+        [*urls, *after],
+        allow_addresses=[f"127.0.0.1:{site.port}"],
+        hosts_file=str(tmp_path / "hosts"),
+        robots=False,
+        timeout_s=3.0,
+    )
+    names(tmp_path, hosts)
+    with open(tmp_path / "hosts", "a") as f:
+        f.write("10.0.0.1 good.test\n127.0.0.1 x.test\n")
+    results = run.run()
+    assert {p: outcome(results[u]) for u, p in urls.items()} == {p: expected for p, (_, expected) in cases.items()}
+    for url in after:
+        assert outcome(results[url]) == kept
+        assert run.body(results[url]) == page
+    files = [f for f in tmp_path.rglob("*") if f.is_file()]
+    told = b"".join(gzip.decompress(f.read_bytes()) if f.suffix == ".gz" else f.read_bytes() for f in files)
+    assert b"smuggled" not in told
+    assert b"hunter2" not in told
+    assert run.check_warcs() == 1
+
+
+def test_the_environment_opens_no_other_door(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy, no netrc, whatever the variables say."""
+    site.default = response()
+    (tmp_path / "netrc").write_text("default login me password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with Site(default=response(b"<html>the proxy's")) as proxy:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, f"http://me:hunter2@127.0.0.1:{proxy.port}")
+        (row,) = crawl(tmp_path, site, ["/"]).values()
+        assert outcome(row) == ("kept", None)
+        assert proxy.requests == []
+    assert not any({"authorization", "proxy-authorization"} & r.headers.keys() for r in site.requests)
+
+
+def test_a_url_cannot_smuggle_a_second_request(tmp_path: Path, site: Site) -> None:
+    """URL files are the first stage's, and in normal form; one that is not must still be one request or none."""
+    site.default = response()
+    base = f"http://127.0.0.1:{site.port}"
+    odd = [
+        f"{base}/a b",
+        f"{base}/a\r\nX: y",
+        f"{base}/a HTTP/1.1\r\nHost: x\r\n\r\nGET /b",
+        f"{base}/\u00e9",
+        f"{base}/\0",
+    ]
+    run = Crawl(tmp_path, [*odd, f"{base}/good"], allow_addresses=[f"127.0.0.1:{site.port}"], robots=False)
+    results = run.run()
+    assert {outcome(results[u]) for u in odd} == {("failed", "protocol")}
+    assert outcome(results[f"{base}/good"]) == ("kept", None)
+    assert site.paths() == ["/good"]

@@ -10,7 +10,7 @@ from data_pipeline.config import FetchConfig, UrlListConfig
 from data_pipeline.crawl.http.body import BodyError, content_codings, decode_body, is_html, media_type
 from data_pipeline.crawl.http.get import FetchError, Reply
 from data_pipeline.crawl.robots import refusal_in_headers, refusal_in_html
-from data_pipeline.crawl.url_syntax import InvalidUrl, normalize
+from data_pipeline.crawl.url_syntax import InvalidUrl, normalize, without_credentials
 
 REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _REDIRECT_URLS = UrlListConfig(strip_tracking=False)  # a server may insist on its tracking parameters
@@ -67,4 +67,4 @@ def redirect_target(reply: Reply) -> str:
         return normalize(text, _REDIRECT_URLS, base=reply.url)
     except InvalidUrl as e:
         reason = "bad_scheme" if e.reason == "scheme_not_allowed" else "protocol"
-        raise FetchError(reason, f"redirect to {location[:200]!r}: {e}") from e
+        raise FetchError(reason, f"redirect to {without_credentials(location)[:200]!r}: {e}") from e

@@ -32,6 +32,7 @@ TRACKING_PARAMETERS = frozenset(
 )  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_CREDENTIALS = re.compile(r"^(\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]{2,})[^/\\?#]*@")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _C0_OR_SPACE = "".join(map(chr, range(0x21)))
 _FORBIDDEN_IN_HOST = frozenset(map(chr, range(0x21))) | frozenset('#/:<>?@[\\]^|%"`{}\x7f')  # "forbidden domain" +
@@ -115,6 +116,15 @@ def host_of(url: str) -> str:
     if authority.startswith("["):
         return authority[1 : authority.index("]")]
     return authority.partition(":")[0]
+
+
+def without_credentials(text: str) -> str:
+    """A URL that may be none, for a table or a message: without user name and password, of whatever scheme.
+
+    >>> without_credentials("ftp://me:secret@example.com/")
+    'ftp://example.com/'
+    """
+    return _CREDENTIALS.sub(r"\1", text)
 
 
 def origin_of(url: str) -> str:

@@ -33,7 +33,15 @@ import zstandard
 
 from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl import cc_index
-from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize, path_and_query, registrable_domain, shard_of
+from data_pipeline.crawl.url_syntax import (
+    InvalidUrl,
+    host_of,
+    normalize,
+    path_and_query,
+    registrable_domain,
+    shard_of,
+    without_credentials,
+)
 from data_pipeline.records import DROPPED, KEPT, URL_SCHEMA, InputError, Verdict, verdict_table
 from data_pipeline.store import storage_errors, write_table
 
@@ -284,6 +292,8 @@ def _score(value: object) -> float | None:
 
 
 def _shown(text: str) -> str:
+    """A row's text for its verdict: cut, and without a password that may stand in it."""
+    text = without_credentials(text)
     return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
 
 
@@ -308,7 +318,7 @@ class UrlRules:
         """(the row's verdict before the search for duplicates, its registrable domain or "")."""
         numbers = {} if row.score is None else {"score": row.score}
         if row.fault is not None:
-            return Verdict(index, row.url, DROPPED, row.fault_reason, row.fault, numbers), ""
+            return Verdict(index, _shown(row.url), DROPPED, row.fault_reason, row.fault, numbers), ""
         try:
             url = normalize(row.url, self.config)
         except InvalidUrl as e:

@@ -40,14 +40,14 @@ def retry_after_s(value: str) -> float | None:
     """`Retry-After` (RFC 9110, 10.2.3) → seconds from now; None when it is missing or says nothing."""
     value = value.strip()
     if value.isascii() and value.isdigit():
-        return float(value[:12])
+        return float(value)
     try:
         moment = parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=datetime.timezone.utc)
+        return max(0.0, moment.timestamp() - time.time())
+    except (TypeError, ValueError, IndexError, OverflowError):
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=datetime.timezone.utc)
-    return max(0.0, moment.timestamp() - time.time())
 
 
 def now_text() -> str:
