@@ -159,7 +159,8 @@ class ExtractConfig:
     metadata: bool = True
     """Title, author and date (about 30 % more time)."""
     respect_noai: bool = True
-    """Drop pages whose <meta name=robots> says noindex, none or noai (reason `noindex`)."""
+    """Drop pages whose <meta name=robots> says noindex, none or noai, or whose <meta name=tdm-reservation> says 1
+    (reason `noindex`)."""
 
 
 @dataclass

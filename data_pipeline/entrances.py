@@ -138,7 +138,7 @@ class Entrance:
         if not self.config.fetch.rescue:
             return []
         files = _warc_files("fetch.rescue", Path(self.config.fetch.rescue))
-        parts, steps, index = self._warc_index(files, self.corpus.folder("rescue"))
+        parts, steps, index = self._warc_index(files, self.corpus.folder("rescue"), heed=False)
         self.steps.run("rescue", steps, index, quiet=True)
         outputs = [self.corpus.table("rescue", k) for k in range(self.steps.shards)]
         pages = [page for page, _ in parts]
@@ -151,7 +151,7 @@ class Entrance:
     def enter_by_warc(self, run_urls: bool, run_fetch: bool) -> None:
         files = _warc_files("path", Path(self.config.path))
         corpus, folder = self.corpus, self.corpus.folder("fetch")
-        parts, steps, index = self._warc_index(files, folder)
+        parts, steps, index = self._warc_index(files, folder, heed=self.config.fetch.respect_noai)
         if run_fetch:
             self.steps.run("index", steps, index)
         self.steps.require("extract", [p for part in parts for p in part], "fetch")
@@ -166,24 +166,33 @@ class Entrance:
             self.steps.run("fetch", [step], lambda step: Task("fetch", tasks.split_warc_index, arguments), quiet=True)
 
     def _warc_index(
-        self, files: Sequence[Path], folder: Path
+        self, files: Sequence[Path], folder: Path, *, heed: bool
     ) -> tuple[list[tuple[Path, Path]], list[Step], Callable[[Step], Task]]:
-        """(page and verdict tables, steps, step → task) of an index of WARC files, one step a file.
+        """(page and verdict tables, steps, step → task) of an index of WARC files, one step a file. `heed`: drop
+        pages whose own headers refuse to be taken; a rescued page is looked at when it is taken.
 
         WARC files are large: their size stands for them here, each record's digest is checked when it is read.
         """
+        agent = self.config.fetch.user_agent if heed else None
         parts = [
             (folder / f"file_{i:05d}.parquet", folder / f"file_{i:05d}.verdicts.parquet") for i in range(len(files))
         ]
         steps = [
-            Step(folder.name, f"file_{i:05d}", folder, {"file": self._name(p), "bytes": p.stat().st_size}, (), parts[i])
+            Step(
+                folder.name,
+                f"file_{i:05d}",
+                folder,
+                {"file": self._name(p), "bytes": p.stat().st_size, "refused_to": agent},
+                (),
+                parts[i],
+            )
             for i, p in enumerate(files)
         ]
         place = {step.name: i for i, step in enumerate(steps)}
 
         def index(step: Step) -> Task:
             i = place[step.name]
-            arguments = (files[i], self._name(files[i]), i, *parts[i], self.config.fetch)
+            arguments = (files[i], self._name(files[i]), i, *parts[i], agent)
             return Task(f"index {files[i].name}", tasks.index_warc_file, arguments)
 
         return parts, steps, index

@@ -30,7 +30,7 @@ from data_pipeline.config import (
     QualityConfig,
     UrlListConfig,
 )
-from data_pipeline.crawl import fetch, rescue, warc
+from data_pipeline.crawl import fetch, rescue, robots, warc
 from data_pipeline.crawl.warc import WarcError
 from data_pipeline.executors import tick
 from data_pipeline.layout import Corpus
@@ -93,15 +93,20 @@ def _with_changes(documents: pa.Table, changes: pa.Table) -> pa.Table:
 
 
 def index_warc_file(
-    path: Path, name: str, number: int, out: Path, verdicts_out: Path, config: FetchConfig
+    path: Path, name: str, number: int, out: Path, verdicts_out: Path, agent: str | None
 ) -> dict[str, Any]:
     """Pages and verdicts of one WARC file; a record's index is the file's number and its place in it.
 
-    `name` is what pages call the file: `path`, or the address that it is a copy of.
+    `name` is what pages call the file: `path`, or the address that it is a copy of. Pages whose headers refuse `agent`
+    are dropped as `noindex`; None: they are not looked at.
     """
     pages: list[dict[str, Any]] = []
     verdicts: list[Verdict] = []
-    for place, record in enumerate(warc.index_warc(path)):
+
+    def refused(response: warc.WarcResponse) -> str | None:
+        return robots.refusal_in_headers(response.header_values, agent) if agent is not None else None
+
+    for place, record in enumerate(warc.index_warc(path, refused=refused)):
         index = number << 32 | place
         verdicts.append(Verdict(index, record.url, record.state, record.reason, record.detail))
         if record.state == KEPT:

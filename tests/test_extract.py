@@ -271,6 +271,8 @@ def test_clean_text_leaves_what_carries_meaning() -> None:
         ('<meta name="robots" content="noindex">', "noindex"),
         ('<META NAME="Robots" CONTENT="NOARCHIVE,NOAI, noimageai">', "noai"),
         ("<meta name=robots content='none'>", "none"),
+        ("<meta name=TDM-Reservation content=' 1 '>", "tdm-reservation"),
+        ('<meta name="tdm-reservation" content="0">', None),
         ('<meta name="robots" content="index, follow, max-snippet:-1, nofollow">', None),
         ('<meta name="description" content="noindex">', None),
         ('<!-- <meta name="robots" content="noindex"> -->', None),

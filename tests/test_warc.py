@@ -17,6 +17,7 @@ import zlib
 from pathlib import Path
 
 import brotli
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from fastwarc.warc import ArchiveIterator
@@ -25,6 +26,7 @@ from warcio.checker import Checker
 
 from data_pipeline.crawl.http.body import BodyError, content_codings, dechunk, decode_body, is_html
 from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, index_warc, read_response
+from data_pipeline.tasks import index_warc_file
 
 SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PAGE = "<html><title>Grüße</title><p>Some words.</html>".encode() * 50
@@ -448,3 +450,16 @@ def test_a_bomb_in_an_archive_stays_small(tmp_path: Path) -> None:
     assert [e.reason for e in index_warc(path)] == ["too_large", None]
     assert time.monotonic() - begin < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
+
+
+def test_pages_whose_headers_refuse_are_named(tmp_path: Path) -> None:
+    tags = ["noindex", "otherbot: noindex", "nofollow"]
+    pages = [exchange(i, X_Robots_Tag=tag) for i, tag in enumerate(tags)] + [exchange(3, TDM_Reservation="1")]
+    write(tmp_path / "a.warc.gz", *pages)
+    index_warc_file(tmp_path / "a.warc.gz", "a", 0, tmp_path / "pages", tmp_path / "verdicts", "gpttrain")
+    rows = pq.read_table(tmp_path / "verdicts").to_pylist()
+    assert [r["reason"] for r in rows] == ["noindex", None, None, "noindex"]
+    assert rows[3]["detail"] == "TDM-Reservation: 1"
+    assert pq.read_metadata(tmp_path / "pages").num_rows == 2
+    index_warc_file(tmp_path / "a.warc.gz", "a", 0, tmp_path / "pages", tmp_path / "verdicts", None)
+    assert pq.read_metadata(tmp_path / "pages").num_rows == 4

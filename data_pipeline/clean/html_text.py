@@ -139,7 +139,7 @@ def page_text(
     try:
         tree = HTMLTree.parse(html)
         if config.respect_noai and (directive := meta_robots(tree)) is not None:
-            return Rejected(DROPPED, "noindex", f"<meta name=robots> says {directive}", numbers)
+            return Rejected(DROPPED, "noindex", f"a <meta> says {directive}", numbers)
         visible = extract_plain_text(tree, preserve_formatting=False, alt_texts=False)
         numbers["visible_characters"] = len(visible)
         # Pages drawn by scripts may carry their text in JSON-LD alone, which trafilatura reads.
@@ -220,7 +220,8 @@ def one_line(text: str) -> str:
 
 
 def meta_robots(html: str | HTMLTree) -> str | None:
-    """The first directive of <meta name=robots> that asks to leave the page out: noindex, none or noai; else None.
+    """The first directive of <meta name=robots> that asks to leave the page out: noindex, none or noai; or
+    tdm-reservation, where a <meta> of that name says 1 (TDMRep 1.0, 3.3); else None.
 
     `none` stands for `noindex, nofollow`. Names and values are compared without regard to case, as search engines do.
     """
@@ -230,7 +231,10 @@ def meta_robots(html: str | HTMLTree) -> str | None:
     if tree.document is None:
         return None
     for meta in tree.document.query_selector_all("meta[name][content]"):
-        if (meta.getattr("name") or "").strip().lower() == "robots":
+        name = (meta.getattr("name") or "").strip().lower()
+        if name == "tdm-reservation" and (meta.getattr("content") or "").strip() == "1":
+            return name
+        if name == "robots":
             for directive in re.split(r"[\s,;]+", (meta.getattr("content") or "").lower()):
                 if directive in ("noindex", "none", "noai"):
                     return directive

@@ -16,7 +16,7 @@ import datetime
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -286,11 +286,14 @@ class WarcEntry:
         return registrable_domain(host.group(1).strip("[]").lower()) if host else ""
 
 
-def index_warc(path: Path, max_bytes: int = MAX_BODY_BYTES) -> Iterator[WarcEntry]:
-    """Every response and revisit record of a file in order, and every stretch that cannot be read.
+def index_warc(
+    path: Path, max_bytes: int = MAX_BODY_BYTES, refused: Callable[[WarcResponse], str | None] = lambda response: None
+) -> Iterator[WarcEntry]:
+    """Every response and revisit record of a file in order, and every stretch that cannot be read. `refused` says for a
+    page which of its headers keeps it out, if any.
 
-    Reasons: broken_record, too_large, truncated, bad_encoding, http_status (failed); not_http, not_html, revisit
-    (dropped). Other kinds of records (request, metadata, ...) are no pages and yield nothing.
+    Reasons: broken_record, too_large, truncated, bad_encoding, http_status (failed); not_http, not_html, revisit,
+    noindex (dropped). Other kinds of records (request, metadata, ...) are no pages and yield nothing.
     """
     with Archive(path) as archive:
         offset = archive.skip_filler(0)
@@ -303,13 +306,15 @@ def index_warc(path: Path, max_bytes: int = MAX_BODY_BYTES) -> Iterator[WarcEntr
                 detail = f"{path.name}, bytes {offset} to {following}: {e}"
                 yield WarcEntry(offset, "", FAILED, e.reason, detail)
             else:
-                entry = _entry(record, offset, max_bytes)
+                entry = _entry(record, offset, max_bytes, refused)
                 if entry is not None:
                     yield entry
             offset = archive.skip_filler(following)
 
 
-def _entry(record: Record, offset: int, max_bytes: int) -> WarcEntry | None:
+def _entry(
+    record: Record, offset: int, max_bytes: int, refused: Callable[[WarcResponse], str | None]
+) -> WarcEntry | None:
     if record.kind == "revisit":
         return WarcEntry(offset, record.url, DROPPED, "revisit", "the page is archived in another record")
     if record.kind != "response":
@@ -334,5 +339,8 @@ def _entry(record: Record, offset: int, max_bytes: int) -> WarcEntry | None:
         return WarcEntry(offset, url, FAILED, e.reason, str(e), status, content_type, at)
     if not is_html(content_type, body):
         return WarcEntry(offset, url, DROPPED, "not_html", content_type, status, content_type, at)
+    refusal = refused(response)
+    if refusal:
+        return WarcEntry(offset, url, DROPPED, "noindex", refusal, status, content_type, at)
     digest = hashlib.sha256(body).hexdigest()
     return WarcEntry(offset, url, KEPT, None, None, status, content_type, at, digest)
