@@ -6,10 +6,12 @@ import asyncio
 import collections
 import json
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from warcio.archiveiterator import ArchiveIterator
@@ -26,12 +28,13 @@ from web import (
     response,
 )
 
-from data_pipeline.config import FETCH_REASONS, CorpusConfig, FetchConfig, Source, check
-from data_pipeline.crawl import rescue, retry, scheduler, warc
+from data_pipeline.config import FETCH_REASONS, CorpusConfig, FetchConfig, Source, UrlListConfig, check
+from data_pipeline.crawl import rescue, retry, scheduler, spill, warc
 from data_pipeline.crawl.fetch import FetchShard, finish_shard, read_journal
 from data_pipeline.crawl.fetch_journal import journal_path, newest_decisions
+from data_pipeline.crawl.url_syntax import shard_of
 from data_pipeline.pipeline import build_corpus
-from data_pipeline.records import ConfigError, InputError
+from data_pipeline.records import PAGE_SCHEMA, ConfigError, InputError
 
 # ---- retries ----------------------------------------------------------------------------------------------------
 
@@ -325,6 +328,46 @@ def test_a_torn_revisit_record_is_fetched_again(tmp_path: Path, site: Site) -> N
 )
 def test_dead_is_not_refused(reason: str, detail: str, dead: bool) -> None:
     assert rescue.is_dead(reason, detail) is dead
+
+
+def test_an_index_of_any_size_is_split_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tables, cut into many spilled pieces, against the same done in memory at once."""
+    monkeypatch.setattr(spill, "SPILL_BYTES", 2000)
+    chance = random.Random(7)
+    fields = dict.fromkeys(PAGE_SCHEMA.names) | {"status": 200, "content_type": "text/html", "payload_digest": ""}
+    rows = [
+        {
+            **fields,
+            "index": i,
+            "url": f"http://h{chance.randrange(30)}.example.org:80/{chance.randrange(9)}?utm_source=x",
+            "fetched_at": f"2026-11-{chance.randrange(1, 29):02d}T00:00:00Z",
+            "warc_file": "x.warc.gz",
+            "warc_offset": i,
+        }
+        for i in range(600)
+    ] + [{**fields, "index": 600, "url": "no url", "fetched_at": "2026-11-01T00:00:00Z"}]
+    chance.shuffle(rows)
+    indexes = [tmp_path / f"{k}.in" for k in range(2)]
+    for k, index in enumerate(indexes):
+        part = [
+            row | {"final_url": row["url"], "domain": "", "warc_file": "", "warc_offset": row["index"]} for row in rows
+        ]
+        pq.write_table(pa.Table.from_pylist(part[k::2], schema=PAGE_SCHEMA), index)
+    outputs = [tmp_path / "out" / f"{k}.parquet" for k in range(4)]
+    outputs[0].parent.mkdir()
+    counts = rescue.split_index(indexes, outputs, UrlListConfig())
+    newest: dict[str, str] = {}
+    for row in rows[:]:
+        if row["url"] != "no url":
+            url = row["url"].replace(":80/", "/").partition("?")[0]
+            newest[url] = max(newest.get(url, ""), row["fetched_at"])
+    found = [row for output in outputs for row in pq.read_table(output).to_pylist()]
+    assert counts == {"rows": len(newest)}
+    assert {row["url"]: row["fetched_at"] for row in found} == newest
+    for k, output in enumerate(outputs):
+        domains = set(pq.read_table(output)["domain"].to_pylist())
+        assert all(shard_of(domain, 4) == k for domain in domains)
+    assert [f.name for f in outputs[0].parent.iterdir() if "tmp" in f.name] == []
 
 
 def pipeline_config(folder: Path, site: Site, out: str, **settings: Any) -> CorpusConfig:

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.config import UrlListConfig
-from data_pipeline.crawl import urls
+from data_pipeline.crawl import spill, urls
 from data_pipeline.crawl.url_syntax import host_of, origin_of, path_and_query, port_of
 from data_pipeline.crawl.urls import (
     InvalidUrl,
@@ -429,7 +429,7 @@ def test_the_same_list_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_memory_holds_one_shard_not_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls, "SPILL_BYTES", 100_000)
+    monkeypatch.setattr(spill, "SPILL_BYTES", 100_000)
     path = tmp_path / "list.txt"
     with open(path, "w") as f:
         f.writelines(f"http://host{i % 1000}.com/{'p' * 2000}/{i}\n" for i in range(5000))

@@ -4,6 +4,7 @@ The rooms, in the order a URL meets them, helpers last:
 
     urls           URL lists → normalized, blocked, unique URLs, in shards by registrable domain
     cc_index       Common Crawl's index lines as rows of a URL list
+    spill          rows on their way to their shards, on disk
     url_syntax     one URL: its normal form, its registrable domain, its shard
     addresses      which address may be connected to; the connector that enforces it
     robots         robots.txt by RFC 9309

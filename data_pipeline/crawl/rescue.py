@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from data_pipeline.config import FetchConfig, UrlListConfig
 from data_pipeline.crawl.robots import refusal_in_headers, refusal_in_html
+from data_pipeline.crawl.spill import Spill
 from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize, registrable_domain, shard_of
 from data_pipeline.crawl.warc import WarcError, read_response
 from data_pipeline.records import DROPPED, KEPT, PAGE_SCHEMA, Verdict
-from data_pipeline.store import write_table
+from data_pipeline.store import storage_errors, write_table
 
 DEAD_REASONS = frozenset(
     "dns connect tls timeout truncated protocol bad_encoding redirect_loop too_many_redirects retry_after".split()
@@ -39,23 +40,33 @@ def is_dead(reason: str, detail: str | None) -> bool:
 
 
 def split_index(indexes: Sequence[Path], outputs: Sequence[Path], config: UrlListConfig) -> dict[str, Any]:
-    """Page tables of WARC files → one table for each shard of the URL list; of one URL's pages the newest stays."""
-    newest: dict[str, dict[str, Any]] = {}
-    for index in indexes:
-        for row in pq.read_table(index).to_pylist():
-            try:
-                url = normalize(row["url"], config)
-            except InvalidUrl:
-                continue
-            if url not in newest or newest[url]["fetched_at"] < row["fetched_at"]:
-                newest[url] = {**row, "url": url, "final_url": row["url"]}
-    shards: list[list[dict[str, Any]]] = [[] for _ in outputs]
-    for url in sorted(newest):
-        domain = registrable_domain(host_of(url))
-        shards[shard_of(domain, len(outputs))].append({**newest[url], "domain": domain})
-    for rows, output in zip(shards, outputs, strict=True):
-        write_table(pa.Table.from_pylist(rows, schema=PAGE_SCHEMA), output)
-    return {"rows": len(newest)}
+    """Page tables of WARC files → one table for each shard of the URL list; of one URL's pages the newest stays.
+
+    Memory: one row group of a table, or one shard, whatever the number of pages.
+    """
+    rows = 0
+    with storage_errors(outputs[0]), Spill(outputs[0].parent / ".spill.tmp") as spill:
+        for index in indexes:
+            with pq.ParquetFile(index) as table:
+                for batch in table.iter_batches(batch_size=10_000):
+                    for row in batch.to_pylist():
+                        try:
+                            url = normalize(row["url"], config)
+                        except InvalidUrl:
+                            continue
+                        domain = registrable_domain(host_of(url))
+                        page = {**row, "url": url, "final_url": row["url"], "domain": domain}
+                        spill.add(shard_of(domain, len(outputs)), [page])
+        for shard, output in enumerate(outputs):
+            newest: dict[str, dict[str, Any]] = {}
+            for (page,) in spill.read(shard):
+                known = newest.get(page["url"])
+                if known is None or known["fetched_at"] < page["fetched_at"]:
+                    newest[page["url"]] = page
+            table_rows = [newest[url] for url in sorted(newest)]
+            write_table(pa.Table.from_pylist(table_rows, schema=PAGE_SCHEMA), output)
+            rows += len(table_rows)
+    return {"rows": rows}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import gzip
 import json
 import lzma
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ import zstandard
 
 from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl import cc_index
+from data_pipeline.crawl.spill import Spill
 from data_pipeline.crawl.url_syntax import (
     InvalidUrl,
     host_of,
@@ -60,8 +60,6 @@ COMPRESSIONS = (".gz", ".xz", ".zst")
 URL_COLUMNS = ("url", "URL", "link")
 MAX_LINE_BYTES = 32 << 20
 """A longer line of a list is read past, and its row ends as `url_too_long`: memory stays bounded."""
-SPILL_BYTES = 32 << 20
-"""Rows wait for their shard's spill file in this much memory."""
 SHOWN_CHARACTERS = 2000
 """So much of an over-long URL is kept in its verdict."""
 
@@ -351,40 +349,6 @@ class UrlRules:
 # ---- sharding ---------------------------------------------------------------------------------------------------
 
 
-class _Spill:
-    """Append-only files, one a shard, of JSON lines; at most SPILL_BYTES of rows in memory and one file open."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.waiting: dict[int, list[str]] = {}
-        self.waiting_bytes = 0
-
-    def add(self, shard: int, verdict: Verdict, domain: str) -> None:
-        v = verdict
-        line = json.dumps([v.index, v.url, v.state, v.reason, v.detail, v.numbers, domain], ensure_ascii=True)
-        self.waiting.setdefault(shard, []).append(line)
-        self.waiting_bytes += len(line)
-        if self.waiting_bytes > SPILL_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        for shard, lines in self.waiting.items():
-            with open(self.path(shard), "a", encoding="ascii") as f:
-                f.write("\n".join(lines) + "\n")
-        self.waiting.clear()
-        self.waiting_bytes = 0
-
-    def path(self, shard: int) -> Path:
-        return self.folder / f"{shard:05d}.jsonl"
-
-    def read(self, shard: int) -> Iterator[tuple[Verdict, str]]:
-        if self.path(shard).exists():
-            with open(self.path(shard), encoding="ascii") as f:
-                for line in f:
-                    *fields, domain = json.loads(line)
-                    yield Verdict(*fields), domain
-
-
 def write_url_shards(path: Path, out: Path, shards: int, config: UrlListConfig) -> dict[str, Any]:
     """Write every shard's kept URLs and verdicts below `out`; the same list and settings give the same bytes.
 
@@ -392,34 +356,27 @@ def write_url_shards(path: Path, out: Path, shards: int, config: UrlListConfig) 
     fetched, before anything is written.
     """
     rules = UrlRules(config)
-    folder = out / ".spill.tmp"
-    with storage_errors(out):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        spill = _Spill(folder)
+    reasons: dict[str, int] = {}
+    with storage_errors(out), Spill(out / ".spill.tmp") as spill:
         usable = rows = 0
         example: Verdict | None = None
-        try:
-            for index, row in enumerate(_rows(path, config)):
-                verdict, domain = rules.verdict(index, row)
-                rows += 1
-                usable += verdict.state == KEPT
-                example = example or (verdict if verdict.state != KEPT else None)
-                spill.add(shard_of(domain, shards) if domain else 0, verdict, domain)
-            if not rows:
-                raise InputError(f"urls={path}: holds no URL; give a list with one http(s) URL a line")
-            if not usable:
-                assert example is not None
-                raise InputError(
-                    f"urls={path}: none of its {rows} rows can be fetched, the first because of {example.reason} "
-                    f"({example.detail or example.url[:80]}); give a list with one http(s) URL a line"
-                )
-            spill.flush()
-            reasons: dict[str, int] = {}
-            for shard in range(shards):
-                _write_shard(out, shard, spill.read(shard), reasons)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        for index, row in enumerate(_rows(path, config)):
+            v, domain = rules.verdict(index, row)
+            rows += 1
+            usable += v.state == KEPT
+            example = example or (v if v.state != KEPT else None)
+            shard = shard_of(domain, shards) if domain else 0
+            spill.add(shard, [v.index, v.url, v.state, v.reason, v.detail, v.numbers, domain])
+        if not rows:
+            raise InputError(f"urls={path}: holds no URL; give a list with one http(s) URL a line")
+        if not usable:
+            assert example is not None
+            raise InputError(
+                f"urls={path}: none of its {rows} rows can be fetched, the first because of {example.reason} "
+                f"({example.detail or example.url[:80]}); give a list with one http(s) URL a line"
+            )
+        for shard in range(shards):
+            _write_shard(out, shard, ((Verdict(*fields), domain) for *fields, domain in spill.read(shard)), reasons)
     dropped = sum(reasons.values())
     return {"rows": rows, "kept": rows - dropped, "dropped": dropped, "reasons": dict(sorted(reasons.items()))}
 
