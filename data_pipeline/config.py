@@ -98,7 +98,7 @@ class FetchConfig:
     than 5 s (1 s if the host has not answered quickly before) no longer counts; of those there may be eight times as
     many."""
     processes: int = 1
-    """Fetching processes; each owns whole registrable domains."""
+    """Fetching processes; each owns whole registrable domains, and they take turns at hosts that redirects lead to."""
     delay_s: float = 1.0
     """Least time between the starts of two requests to one host, in seconds; a longer robots.txt crawl-delay wins."""
     max_crawl_delay_s: float = 60.0
@@ -122,7 +122,8 @@ class FetchConfig:
     robots: bool = True
     """Obey robots.txt (RFC 9309). Off only for sites you own."""
     respect_noai: bool = True
-    """Drop pages whose X-Robots-Tag or <meta name=robots> says noindex, noai or none, or whose tdm-reservation is 1."""
+    """Drop pages whose X-Robots-Tag or <meta name=robots> says noindex, noai or none, or whose tdm-reservation is 1;
+    with source=warc, by the headers that are archived."""
     max_warc_bytes: int = 1_000_000_000
     """A WARC file is closed and the next begun beyond this many bytes."""
     tail_budget_s: float = 0.0
