@@ -151,7 +151,7 @@ def test_a_reason_that_is_none_is_told(reason: str) -> None:
 
 
 def test_every_reason_of_the_fetch_can_be_retried() -> None:
-    sources = [f.read_text() for f in Path(scheduler.__file__).parent.glob("*.py")]
+    sources = [f.read_text() for f in Path(scheduler.__file__).parent.rglob("*.py")]
     raised = {r for text in sources for r in re.findall(r'(?:Fetch|Body)Error\(\s*"(\w+)"', text)}
     assert len(raised) > 15
     assert raised | scheduler.DROPPED_REASONS | {"out_of_budget", "robots_unreachable"} == set(FETCH_REASONS)
