@@ -42,6 +42,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.urls
 	$(BIN)/python -m benchmarks.fetch
 	$(BIN)/python -m benchmarks.corpus
+	$(BIN)/python -m benchmarks.join
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.inference
 

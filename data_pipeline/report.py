@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_pipeline.clean import personal
 from data_pipeline.clean.html_text import visible_lines
 from data_pipeline.crawl import warc
-from data_pipeline.layout import Corpus
+from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.records import KEPT, CorruptionError, InputError
 from data_pipeline.store import corruption_errors, read_json, write_atomic
@@ -82,6 +83,10 @@ def measure_lines(summary: Mapping[str, Any]) -> list[str]:
 def write_corpus_report(corpus: Corpus) -> Path:
     """Write report.html from summary.json, documents/ and tokens/; return its path."""
     summary = read_summary(corpus)
+    try:
+        masked = read_config(corpus).documents.mask_personal_data
+    except InputError:  # a folder of another version: what was asked for then is not known
+        masked = True
     domains: Counter[str] = Counter()
     lengths: Counter[int] = Counter()
     languages: Counter[str] = Counter()
@@ -119,7 +124,7 @@ def write_corpus_report(corpus: Corpus) -> Path:
         ),
         documents=documents,
         characters=characters,
-        samples=[_sample(row, corpus.out) for row in samples],
+        samples=[_sample(row, corpus.out, masked) for row in samples],
     )
     with write_atomic(corpus.report) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -207,22 +212,22 @@ def _clusters(corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def _sample(row: Mapping[str, Any], out: Path) -> dict[str, Any]:
+def _sample(row: Mapping[str, Any], out: Path, masked: bool) -> dict[str, Any]:
     """A document for the report: its text's beginning beside its page's, and the numbers behind it as short text."""
     numbers = json.loads(row["numbers"] or "{}")
     shown = [
         f"{name} {value:,}" if isinstance(value, int | float) else f"{name} {value}" for name, value in numbers.items()
     ]
-    page, no_page = _page_lines(row, out)
+    page, no_page = _page_lines(row, out, masked)
     text = row["text"][:SAMPLE_CHARACTERS]
     return {**row, "text": text, "characters": len(row["text"]), "shown": shown, "page": page, "no_page": no_page}
 
 
-def _page_lines(row: Mapping[str, Any], out: Path) -> tuple[list[tuple[str, bool]], str]:
+def _page_lines(row: Mapping[str, Any], out: Path, masked: bool) -> tuple[list[tuple[str, bool]], str]:
     """The beginning of what the page of a document shows, line by line, and whether the line is in the document's text.
 
     Without a page at hand (texts from a dataset, a WARC file that is gone, a page that was taken down) there are no
-    lines, and the second part says so.
+    lines, and the second part says so. `masked`: personal data are masked in the page as they are in the text.
     """
     if not row["warc_file"]:
         return [], "This text entered without a page."
@@ -238,6 +243,8 @@ def _page_lines(row: Mapping[str, Any], out: Path) -> tuple[list[tuple[str, bool
         if size > 2 * SAMPLE_CHARACTERS:
             break
         size += len(line)
+        if masked:
+            line = personal.mask(line)[0]
         found.append((line[:SAMPLE_CHARACTERS], _bare(line) in kept))
     return found, "The page shows no text."
 

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import ConfigError, InputError
-from data_pipeline.report import compare_domains, measure_lines
+from data_pipeline.report import compare_domains, measure_lines, write_corpus_report
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.cli import main
@@ -461,6 +462,36 @@ def test_the_report_in_a_browser(built: tuple[CorpusConfig, Path], tmp_path: Pat
         assert pair.xpath("string(pre[1])").strip() == "This text entered without a page."
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_stand_beside_their_pages(tmp_path: Path, masked: bool) -> None:
+    texts = {f"https://site{i}.test/": PROSE[i] for i in range(3)}
+    warc_pages(tmp_path / "pages.warc.gz", texts, "<nav>Home and contact: me@secret.example</nav>")
+    config = settings(
+        tmp_path / "out", tmp_path / "pages.warc.gz", source=Source.warc, quality=QualityConfig(), shards=1
+    )
+    config.documents.mask_personal_data = masked
+    build_corpus(config)
+    kept = documents(Path(config.out))
+
+    def pairs() -> list[lxml.html.HtmlElement]:
+        report = lxml.html.fromstring(Corpus(Path(config.out)).report.read_text())
+        found: list[lxml.html.HtmlElement] = report.xpath("//div[@class='pair']")
+        return found
+
+    assert pairs()
+    for pair in pairs():
+        page, text = pair.xpath("pre")
+        assert kept[pair.xpath("string(div/a)")]["text"].startswith(text.text_content().strip()[:400])
+        (faint,) = page.xpath("s")  # what was left out is faint, the rest is in the text
+        assert "Home and contact" in faint.text_content()
+        assert ("me@secret.example" in faint.text_content()) != masked
+        words = [re.findall(r"\w+", part) for part in (page.text_content(), text.text_content())]
+        assert set(words[1][:200]) <= set(words[0])
+    (tmp_path / "pages.warc.gz").unlink()
+    write_corpus_report(Corpus(Path(config.out)))
+    assert "The page is not at hand" in pairs()[0].xpath("string(pre[1])")
+
+
 def test_domains_beside_a_list(crawl: CorpusConfig, tmp_path: Path) -> None:
     path = tmp_path / "domains.txt"
     path.write_text("900 google\n500 bad\n400 site3\n 300 site4.test\n")
@@ -502,13 +533,14 @@ def test_what_is_to_be_forgotten() -> None:
         forget.parse_entries(["exa mple"])
 
 
-def warc_pages(path: Path, texts: dict[str, str]) -> dict[str, int]:
-    """A WARC file of pages; URL → offset of its response."""
+def warc_pages(path: Path, texts: dict[str, str], menu: str = "") -> dict[str, int]:
+    """A WARC file of pages, each with `menu` (HTML) above its text; URL → offset of its response."""
     offsets = {}
     with open(path, "wb") as f:
         for i, (url, text) in enumerate(texts.items()):
             body = "".join(f"<p>{escape(p)}</p>" for p in text.split("\n\n"))
-            html = f"<html><head><title>A page</title></head><body><article>{body}</article></body></html>".encode()
+            page = f"<html><head><title>A page</title></head><body>{menu}<article>{body}</article></body></html>"
+            html = page.encode()
             content = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + html
             head = (
                 f"WARC/1.1\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nWARC-Target-URI: {url}\r\n"
