@@ -24,6 +24,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from killing import finished_steps, kill_again_and_again
 from omegaconf import OmegaConf
 
 from data_pipeline import pipeline
@@ -300,23 +301,19 @@ def test_a_large_shard_in_parts_gives_the_same_bytes(
     assert largest > 8  # so there were parts
 
 
-def test_kill_9_at_random_moments_changes_no_byte(built: tuple[Path, Path, str], address: str, tmp_path: Path) -> None:
+def test_kill_9_again_and_again_changes_no_byte(built: tuple[Path, Path, str], address: str, tmp_path: Path) -> None:
     out = archived(built, tmp_path / "killed")
-    rng = random.Random(7)
-    kills = 0
-    for _ in range(12):
-        process = subprocess.Popen(
-            corpus_command(*settings(built[0], address, out)), stderr=subprocess.DEVNULL, start_new_session=True
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            corpus_command(*settings(built[0], address, out)),
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            text=True,
         )
-        try:
-            process.wait(timeout=rng.uniform(0.8, 4.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-        if kills == 5:
-            break
-    assert kills == 5
+
+    moments = kill_again_and_again(start, out, kills=5, steps=finished_steps(built[1]), seed=7)
+    assert not any(moment.startswith("ended") for moment in moments), moments
     run(*settings(built[0], address, out))
     assert tree(out, *RESULT) == tree(built[1], *RESULT)
     assert not list(out.rglob(".*.tmp"))
@@ -390,10 +387,11 @@ def test_a_second_run_at_once_is_refused(built: tuple[Path, Path, str], address:
         corpus_command(*settings(built[0], address, out)), stderr=subprocess.DEVNULL, start_new_session=True
     )
     try:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 200
         while not (out / ".lock").exists() or not (out / ".lock").read_text():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        os.killpg(first.pid, signal.SIGSTOP)  # or it might be done before the second one has started
         said = run(*settings(built[0], address, out), code=3)
         assert f"in use by process {first.pid}" in said
     finally:

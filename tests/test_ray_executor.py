@@ -59,8 +59,9 @@ def play(scene: str, folder: Path, timeout_s: float) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(420)
 def test_tasks_survive_their_workers_and_nodes_and_errors_come_as_they_are(tmp_path: Path) -> None:
-    said = play("engine", tmp_path, 120)
+    said = play("engine", tmp_path, 400)
     assert said["workers"] == 3  # of one core each, on two nodes
     assert said["squares"] == [n * n for n in range(12)]
     assert said["rows"] == sum(range(12))
@@ -86,7 +87,7 @@ def test_tasks_survive_their_workers_and_nodes_and_errors_come_as_they_are(tmp_p
 @pytest.mark.slow
 @pytest.mark.soak
 def test_a_cluster_that_lost_its_nodes_ends_the_run_within_the_time_limit(tmp_path: Path) -> None:
-    said = play("lost_nodes", tmp_path, 120)
+    said = play("lost_nodes", tmp_path, 280)
     assert "ray.cpus=2: for 1.5 s no living node of the cluster had as much" in said["says"]
 
 

@@ -144,7 +144,7 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Pa
     process = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path / "c", str(held)))
     process.start()
     assert process.pid
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 200
     while not held.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
