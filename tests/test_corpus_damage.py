@@ -72,7 +72,7 @@ def test_a_disk_that_is_full_at_one_write_after_another(texts: Path, one_go: Pat
         [*OWN_MOUNTS, "sh", "-c", script, "sh", str(disk), *command],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=280,
         check=False,
     )
     (answer,) = [line for line in result.stdout.split("\n") if line.startswith("SAID ")] or [result.stderr[-3000:]]

@@ -301,6 +301,7 @@ def test_a_large_shard_in_parts_gives_the_same_bytes(
     assert largest > 8  # so there were parts
 
 
+@pytest.mark.timeout(900)
 def test_kill_9_again_and_again_changes_no_byte(built: tuple[Path, Path, str], address: str, tmp_path: Path) -> None:
     out = archived(built, tmp_path / "killed")
 

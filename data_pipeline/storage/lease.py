@@ -33,6 +33,8 @@ FOLDER = ".lease"
 RELEASED = b"released"
 BEATS = 3
 """Beats in a lease's time: one may be lost on its way."""
+LOOKS = 10
+"""How often a beat is looked at in a lease's time before it is held for still."""
 
 
 class Lease:
@@ -92,10 +94,9 @@ class Lease:
         if dead is None:  # of another machine: only waiting tells
             lease_s = float(holder.get("lease_s", self.lease_s))
             self._say(f"{self.bucket.address}: held by {holder['owner']}; waiting {lease_s:g} s to see if it is alive")
-            end = time.monotonic() + lease_s
             dead = True
-            while time.monotonic() < end:
-                time.sleep(min(1.0, lease_s / 10))
+            for _ in range(LOOKS):  # so many, however late this process wakes up: the other may be as late
+                time.sleep(lease_s / LOOKS)
                 now = self.bucket.read(_name(number, "beat"))
                 if now == RELEASED:
                     return
