@@ -124,6 +124,23 @@ def test_a_flipped_page_that_nothing_vouches_for_is_fetched_again(tmp_path: Path
     assert run.check_warcs() >= 1
 
 
+def test_a_page_whose_request_record_is_lost_is_fetched_again(tmp_path: Path, site: Site) -> None:
+    """The response is whole, but the blocks behind it, where its request stands, were never written."""
+    run = killable(tmp_path, site, 8)
+    run.run()
+    journal = journal_path(run.shards[0].folder, 0)
+    lines = [line for line in journal.read_bytes().split(b"\n") if line and b'"mark"' not in line]
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    line = [json.loads(x) for x in lines if b'"kept"' in x][-1]
+    with open(tmp_path / warc_name(line), "r+b") as f:
+        f.truncate(line["end"] - 40)
+        f.truncate(line["end"])
+    asked = len(site.paths())
+    assert len(run.run()) == 8
+    assert len(site.paths()) == asked + 1
+    assert run.check_warcs() >= 1
+
+
 def test_whatever_a_power_cut_leaves_the_next_run_ends_whole(tmp_path: Path, site: Site) -> None:
     """Journal and pages lose random ends, independently of each other, as files do that were not synced in time."""
     run = killable(tmp_path, site, 24)

@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, is_revisit, read_response
+from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, is_whole, read_response
 from data_pipeline.records import KEPT
 from data_pipeline.store import lock, raise_storage_error, storage_errors, write_atomic
 
@@ -200,8 +200,11 @@ class ShardLog:
     def _readable(self, line: dict[str, Any]) -> bool:
         file = warc_path(self.corpus, self.number, line["part"])
         try:
-            if "unchanged" in line:
-                return is_revisit(file, line["offset"])
+            kind = "revisit" if "unchanged" in line else "response"
+            if not is_whole(file, line["offset"], line["end"], kind):
+                return False
+            if kind == "revisit":
+                return True
             body = read_response(file, line["offset"], max_bytes=1 << 30).body
         except (WarcError, OSError):
             return False

@@ -35,7 +35,7 @@ __all__ = [
     "WarcResponse",
     "WarcWriter",
     "index_warc",
-    "is_revisit",
+    "is_whole",
     "read_response",
 ]
 
@@ -257,10 +257,17 @@ def read_response(path: Path, offset: int, max_bytes: int = MAX_BODY_BYTES) -> W
         return _decoded(_response(record), max_bytes)
 
 
-def is_revisit(path: Path, offset: int) -> bool:
-    """Whether a whole revisit record stands at `offset`. Raises WarcError, or OSError when the file is not there."""
+def is_whole(path: Path, offset: int, end: int, kind: str) -> bool:
+    """Whether a record of `kind` and its request stand from `offset` to `end`, as `WarcWriter.write` wrote them.
+
+    Raises WarcError, or OSError when the file is not there.
+    """
     with Archive(path) as archive:
-        return archive.record(offset, MAX_HEADER_BYTES).kind == "revisit"
+        first = archive.record(offset, MAX_HEADER_BYTES)
+        if first.kind != kind or first.next_offset >= end:
+            return False
+        second = archive.record(first.next_offset, MAX_HEADER_BYTES)
+        return second.kind == "request" and second.next_offset == end
 
 
 # ---- all records of a file --------------------------------------------------------------------------------------
