@@ -29,6 +29,8 @@ LONGEST = (
     "test_train",
     "test_pipeline",
     "test_launch",
+    "test_hosts",
+    "test_slurm",
     "test_real_pages",
     "test_fetch",
     "test_crawl",

@@ -13,9 +13,12 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
+from ssh_hosts import no_namespaces
 
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 TOOLS = ("ip", "nsenter", "munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
@@ -69,8 +72,7 @@ def missing() -> str:
     absent = [tool for tool in TOOLS if shutil.which(tool, path=PATH) is None]
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: slurmctld slurmd slurm-client munge)"
-    tried = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True)
-    return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
+    return no_namespaces()
 
 
 @dataclass
@@ -154,8 +156,10 @@ def cluster(folder: Path) -> Iterator[Cluster]:
                 )
             started.append(process)
             if words[0] == "munged":
-                _until(lambda: (folder / "munge.socket").exists(), "munged", made)
-        _until(lambda: made.run(["sinfo", "-h", "-N", "-o", "%N %t"]).stdout.split()[1::2] == IDLE, "nodes", made)
+                _until(lambda: (folder / "munge.socket").exists(), "munged", made, started)
+        _until(
+            lambda: made.run(["sinfo", "-h", "-N", "-o", "%N %t"]).stdout.split()[1::2] == IDLE, "nodes", made, started
+        )
         yield made
     finally:
         for _ in range(3):  # what one process was about to start is found the next time
@@ -179,8 +183,10 @@ MUNGE_FILES = {
 }
 
 
-def _until(done: object, what: str, made: Cluster) -> None:
-    deadline_s = time.monotonic() + 60
-    while not done():  # type: ignore[operator]
+def _until(done: Callable[[], bool], what: str, made: Cluster, started: Sequence[subprocess.Popen[bytes]]) -> None:
+    deadline_s = time.monotonic() + 120
+    while not done():
+        if any(process.poll() is not None for process in started):
+            pytest.skip(f"Slurm's own programs do not run here:\n{made.logs()}")
         assert time.monotonic() < deadline_s, f"{what} did not come up:\n{made.logs()}"
         time.sleep(0.1)

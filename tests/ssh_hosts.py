@@ -27,8 +27,21 @@ def missing() -> str:
         tools = ["sshd (Debian: openssh-server)"]
     if tools:
         return f"not installed: {', '.join(tools)}"
-    tried = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True)
-    return f"no network namespaces here: {tried.stderr.strip()}" if tried.returncode else ""
+    return no_namespaces()
+
+
+def no_namespaces() -> str:
+    """Why a namespace with a cable cannot be made here, by making one; empty when it can."""
+    space = f"g2probe{os.getpid()}"
+    cable = ["ip", "link", "add", "eth0", "netns", space, "type", "veth", "peer", "name", "eth1", "netns", space]
+    try:
+        for command in (["ip", "netns", "add", space], cable):
+            tried = subprocess.run(command, capture_output=True, text=True)
+            if tried.returncode:
+                return f"no network namespaces here: {tried.stderr.strip()}"
+        return ""
+    finally:
+        subprocess.run(["ip", "netns", "del", space], capture_output=True)
 
 
 def _sshd() -> str | None:
