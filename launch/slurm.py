@@ -38,6 +38,8 @@ from launch.config import (
 from launch.words import to_words
 
 SUBMIT_TIMEOUT_S = 120.0
+# The last task of an array has the number of the whole array as its SLURM_JOB_ID: Slurm would take it for all tasks.
+ARRAY_TASK = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
 SCRIPT, AFTERWARD = "job.sbatch", "summary.sbatch"
 
 
@@ -126,9 +128,10 @@ def render(config: LaunchConfig, jobs: Sequence[Job], *, name: str, output: Path
             f"# {REQUEUE_EXIT_CODE}: the ranks were told to stop, and have saved. Back into the queue, unless the job",
             "# was canceled or Slurm requeues it already: then it is no longer running.",
             f'if [ "$code" = {REQUEUE_EXIT_CODE} ]; then',
-            '  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
+            f"  job={ARRAY_TASK if len(jobs) > 1 else '$SLURM_JOB_ID'}",
+            '  state=$(squeue --noheader --jobs="$job" --format=%T)',
             '  echo "launch: saved and stopped; the job is ${state:-gone}" >&2',
-            '  [ "$state" = RUNNING ] && scontrol requeue "$SLURM_JOB_ID"',
+            '  [ "$state" = RUNNING ] && scontrol requeue "$job"',
             "fi",
         ]
     body += ['exit "$code"']

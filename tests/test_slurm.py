@@ -281,12 +281,16 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not left, "processes were left behind"
 
 
-def start_script(place: Path, what: str, **settings: Any) -> subprocess.Popen[str]:
-    config = LaunchConfig(launcher=Launcher.slurm, gpus=Gpus.none, processes=1, restarts=0, **settings)
+def start_script(place: Path, what: str, *, tasks: int = 1) -> subprocess.Popen[str]:
+    """The job, or the last task of an array, which has the number of the whole array."""
+    config = LaunchConfig(launcher=Launcher.slurm, gpus=Gpus.none, processes=1, restarts=0)
     command = [sys.executable, str(place / "rank.py"), what, str(place / "notes"), *HARMLESS]
-    text = render(config, [Job("r", command, place / "run")], name="r", output=place / "out", directory=place)
+    jobs = [Job("r", command, place / "run")] * tasks
+    text = render(config, jobs, name="r", output=place / "out", directory=place)
     (place / "job.sbatch").write_text(text)
     environment = {**os.environ, "SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n[1-2]"}
+    if tasks > 1:
+        environment |= {"SLURM_ARRAY_JOB_ID": "42", "SLURM_ARRAY_TASK_ID": str(tasks - 1)}
     return subprocess.Popen(
         ["bash", "job.sbatch"], cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -323,6 +327,16 @@ def test_what_is_told_to_stop_goes_back_into_the_queue(
     for rank in (0, 1):
         assert (place / "run" / "logs" / f"rank_{rank}.log").read_text().endswith(f"saved after {number.name}\n")
     assert nobody_left(place, 5)
+
+
+def test_a_task_of_an_array_goes_back_alone(place: Path) -> None:
+    (place / "state").write_text("RUNNING")
+    job = start_script(place, "wait", tasks=3)
+    ranks_seen(place, job)
+    job.send_signal(signal.SIGUSR1)
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 85, err
+    assert (place / "requeued").read_text() == "42_2\n"
 
 
 @pytest.mark.parametrize(("what", "code"), [("quick", 0), ("all:2", 2)])
@@ -423,7 +437,7 @@ def test_a_real_slurm(tmp_path: Path) -> None:
         canceled = submit("canceled", [["t", "wait"]])
         until(cluster, lambda: (place / "canceled" / "t" / "metrics.jsonl").exists(), "the job that is to be canceled")
         cluster.run(["scancel", canceled])
-        array = submit("array", [[f"t {n}", "go"] for n in range(3)], array_limit=1)
+        array = submit("array", [["t 0", "go"], ["t 1", "go"], ["t 2", "wait"]], array_limit=1)
 
         # Training is under way on both nodes: something more urgent comes.
         until(cluster, lambda: written_steps(run_dir) >= 13, "13 steps of training")
@@ -461,11 +475,16 @@ def test_a_real_slurm(tmp_path: Path) -> None:
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert [line["restart"] for line in lines] == ["0", "0", "1", "1"]
 
-        # The array: every trial is done, in a folder and with a log of its own.
+        # The array: every trial is done, in a folder and with a log of its own. Its last task, whose number is that of
+        # the whole array, is told to stop and comes back alone.
+        last = place / "array" / "t 2"
+        until(cluster, lambda: (last / "metrics.jsonl").exists(), "the last task of the array")
+        cluster.run(["scancel", "--signal=USR1", "--batch", f"{array}_2"])
         for number in range(3):
             cluster.wait(f"{array}_{number}", "COMPLETED", "GONE")
             folder = place / "array" / f"t {number}"
-            assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4
+            lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            assert [line["restart"] for line in lines] == (["0", "0", "1", "1"] if number == 2 else ["0"] * 4)
             assert "counted to four" in (folder / "logs" / "rank_0.log").read_text()
         assert len(list((place / "array" / "logs").glob(f"slurm-{array}_?.out"))) == 3
         until(cluster, lambda: (place / "array" / "count").exists(), "the job behind the array")
