@@ -24,6 +24,7 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, ModelConfig, NonFiniteError
 from gpt2train.generation.config import GenerateConfig
 from gpt2train.generation.decoding import Decoding, sample
+from gpt2train.generation.drafting import Drafts
 from gpt2train.generation.embedding import hidden_states
 from gpt2train.generation.generate import generate
 from gpt2train.generation.sampling import GREEDY as GREEDILY
@@ -196,6 +197,54 @@ def test_a_row_has_the_text_it_would_have_alone(sampling: Sampling) -> None:
     assert together == alone
     assert rows.reasons == {0: "length", 1: "length", 2: "stop", 3: "length", 4: "length", 5: "length", 6: "length"}
     assert len(set(together[6])) > 10
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("temperature", [0.0, 0.25, 1.0])
+def test_guesses_change_no_text_and_save_passes(temperature: float, seed: int) -> None:
+    """A model that repeats itself, with the window sliding, and ends of every kind within a guess."""
+    model = GPT(replace(TINY, vocabulary=60, context=32), seed=seed).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(6)
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_hook(count)
+    sampling = Sampling(temperature=temperature, repetition_penalty=1.02)
+    for prompt, most in (([5, 6, 7] * 4, 120), ([9], 50), ([5, 6] * 30, 33)):
+        passes, texts = 0, []
+        for draft_tokens in (0, 8, 3):
+            rows = Decoding(model, [prompt], sampling, seeds=[seed], max_new_tokens=most, draft_tokens=draft_tokens)
+            texts.append([token for _, token in rows])
+            if not draft_tokens:
+                assert passes == len(texts[0]) == most
+                passes = 0
+        assert texts[0] == texts[1] == texts[2]
+        if temperature == 0:
+            assert passes < 1.5 * most  # for both
+    rows = Decoding(model, [[5, 6, 7] * 4], sampling, seeds=[seed], max_new_tokens=120)
+    for n, (row, _) in enumerate(rows, 1):
+        if n == 17:
+            rows.finish(row)
+    assert n == 17
+    assert rows.new_tokens(0) == 17
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6))
+def test_a_guess_is_what_followed_the_last_time(tokens: list[int], room: int) -> None:
+    drafts = Drafts(tokens, 6)
+    drafts.learn(2, 2)
+    drafts.learn(4, 4)  # all were right: the next guess is two longer, up to six
+    ending = tokens[-2:]
+    earlier = [i for i in range(2, len(tokens)) if tokens[i - 2 : i] == ending] if len(tokens) > 1 else []
+    expected = tokens[earlier[-1] :][: min(6, room)] if earlier else []
+    assert drafts.guess(room) == expected
 
 
 def test_a_row_that_meets_the_end_leaves_the_others_alone() -> None:

@@ -6,6 +6,7 @@ The rooms, in the order a prompt meets them:
     sampling   logits → the next token
     watermark  a keyed preference for some tokens, and the test that finds it again
     decoding   prompts → tokens, many rows at once, with keys and values kept
+    drafting   what a text might go on with, guessed from the text itself
     text       tokens → whole characters as they come, up to a stop string
     embedding  texts → hidden states by layer
     generate   the command: samples on standard output, or as JSON lines

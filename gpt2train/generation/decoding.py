@@ -1,7 +1,8 @@
 """Prompts → new tokens, many rows at once, with the keys and values of past tokens kept.
 
 Flows in: a model and rows of token ids. Flows out: (row, token), as each is chosen. A token costs one position's
-forward pass for all rows together.
+forward pass for all rows together; a row that is alone also has what follows guessed from its own text (`drafting`),
+and takes several tokens from a pass where the guess was right.
 
 Rows of unequal length need no padding and no mask: all rows stand at the same position. They enter with the tokens that
 the shortest prompt has; a row whose prompt is longer is then fed its own next token instead of one that was chosen. So
@@ -20,11 +21,15 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
+from gpt2train.generation.drafting import Drafts
 from gpt2train.generation.sampling import Sampling, next_token
 from gpt2train.model import GPT, KeyValueCache
 
 STOP, LENGTH = "stop", "length"
 """Why a row ended: by `<|endoftext|>` or because nobody wanted more, or with as many tokens as were allowed."""
+
+DRAFT_TOKENS = 8
+"""Tokens guessed at once at the most; 0: none."""
 
 
 class Decoding:
@@ -43,11 +48,13 @@ class Decoding:
     def __init__(
         self, model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int],
         max_new_tokens: int,
+        draft_tokens: int = DRAFT_TOKENS,
     ) -> None:  # fmt: skip
         assert all(prompts), "an empty prompt starts from END_OF_TEXT"
         assert len(seeds) == len(prompts)
         self.reasons: dict[int, str] = {}
         self._model, self._sampling, self._max_new_tokens = model, sampling, max_new_tokens
+        self._draft_tokens = draft_tokens
         self._context = model.config.context
         self._said = [list(p[-self._context :]) for p in prompts]
         """Each row's prompt, as far as the context takes it, and its new tokens."""
@@ -72,35 +79,58 @@ class Decoding:
         )
         at = min(self._prompt_tokens)  # tokens of each row that the model has seen after the next pass
         fresh = [self._said[row][:at] for row in live]
+        drafts: Drafts | None = None
+        guessed: list[int] = []
         while live:
             logits_BTV = self._model(torch.tensor(fresh, device=parameter.device), cache=cache)
-            logits_BV = logits_BTV[:, -1, :VOCABULARY].float().cpu()  # host-device sync, once a token
-            for logits_V, row in zip(logits_BV, live, strict=True):
+            # Host-device sync, once a pass. Behind guesses, the logits of each of them count too.
+            logits_BTV = logits_BTV[:, -1 - len(guessed) :, :VOCABULARY].float().cpu()
+            right = 0
+            for logits_TV, row in zip(logits_BTV, live, strict=True):
                 if row in self.reasons or len(self._said[row]) > at:
                     continue  # ended, or still within its prompt
-                token = next_token(logits_V, self._sampling, self._said[row], self._generators[row])
-                if token == END_OF_TEXT:
-                    self.finish(row)
-                    continue
-                self._said[row].append(token)
-                if self.new_tokens(row) == self._max_new_tokens:
-                    self.reasons[row] = LENGTH
-                yield row, token
-            at += 1
+                for logits_V, guess in zip(logits_TV, [*guessed, -1], strict=True):
+                    token = next_token(logits_V, self._sampling, self._said[row], self._generators[row])
+                    if token == END_OF_TEXT:
+                        self.finish(row)
+                        break
+                    self._said[row].append(token)
+                    if self.new_tokens(row) == self._max_new_tokens:
+                        self.reasons[row] = LENGTH
+                    yield row, token
+                    if token != guess or row in self.reasons:
+                        break
+                    right += 1
+            cache.length -= len(guessed) - right  # what was guessed wrong was never said
+            at += 1 + right
             stay = [i for i, row in enumerate(live) if row not in self.reasons]
             if len(stay) < len(live):
                 cache.keep(stay)
                 live = [live[i] for i in stay]
             fresh = [self._said[row][at - 1 : at] for row in live]
+            if drafts is not None and live:
+                drafts.learn(len(guessed), right)
+                for token in self._said[live[0]][-1 - right :]:
+                    drafts.add(token)
+            guessed = []
             if cache.length == self._context:
                 fresh = [self._said[row][at - max(self._context // 2, 1) : at] for row in live]
                 cache.clear()
+            elif len(live) == 1 and self._draft_tokens and len(self._said[live[0]]) == at:
+                if drafts is None:
+                    drafts = Drafts(self._said[live[0]], self._draft_tokens)
+                left = self._max_new_tokens - self.new_tokens(live[0])
+                guessed = drafts.guess(min(room - cache.length, left) - 1)
+                fresh = [[*fresh[0], *guessed]]
 
 
 def sample(
-    model: GPT, prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
-) -> Iterator[int]:
+    model: GPT, prompt: Sequence[int], *, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int,
+    draft_tokens: int = DRAFT_TOKENS,
+) -> Iterator[int]:  # fmt: skip
     """New ids after `prompt` (at least one id), until `<|endoftext|>`, which is not given, or `max_new_tokens`."""
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    for _, token in Decoding(model, [prompt], sampling, seeds=[seed], max_new_tokens=max_new_tokens):
+    for _, token in Decoding(
+        model, [prompt], sampling, seeds=[seed], max_new_tokens=max_new_tokens, draft_tokens=draft_tokens
+    ):
         yield token
