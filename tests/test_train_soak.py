@@ -62,7 +62,7 @@ def test_killed_hundreds_of_times_a_run_repeats_the_undisturbed_one(tmp_path: Pa
             struck = [process for process in victims if process.poll() is None]
             for process in struck:
                 os.kill(process.pid, signal.SIGKILL)
-            codes = ranks.wait(120)
+            codes = ranks.wait(300)
             assert all(code in (7, -signal.SIGKILL, -signal.SIGABRT) for code in codes), f"seed {seed}: {codes}"
         finally:
             ranks.kill()
