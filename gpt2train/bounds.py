@@ -12,9 +12,11 @@ from pathlib import Path
 from gpt2train.config import (
     VOCABULARY,
     ActivationCheckpointing,
+    Compile,
     EvaluateCommandConfig,
     ExportConfig,
     FaultAction,
+    Offload,
     Precision,
     TrainConfig,
 )
@@ -122,11 +124,19 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         "give zero.stage=1, also on one GPU, or precision=fp32",
     )
     require(
-        not (c.compile and c.zero.stage == 3),
+        not (c.compile is Compile.model and c.zero.stage == 3),
         "compile",
-        "true",
+        "model",
         "does not go with zero.stage=3, whose weights torch.compile sees as empty",
-        "give zero.stage=2 or compile=false",
+        "give compile=blocks or zero.stage=2",
+    )
+    least_stage = {Offload.none: 0, Offload.optimizer: 2, Offload.parameters: 3}[c.zero.offload]
+    require(
+        c.zero.stage >= least_stage,
+        "zero.offload",
+        c.zero.offload.value,
+        f"needs zero.stage={least_stage}{' or 3' if least_stage == 2 else ''}, it is {c.zero.stage}",
+        f"give zero.stage={least_stage}",
     )
     for owner, name in (
         (c.checkpoint, "checkpoint.every_steps"),
@@ -218,6 +228,11 @@ def _faults_of_extras(c: TrainConfig) -> list[str]:
         faults.append(
             "activation_checkpointing=selective: DeepSpeed's linear layers at zero.stage=3 change what it keeps; give "
             "activation_checkpointing=full or zero.stage=2"
+        )
+    if c.activation_checkpointing is ActivationCheckpointing.selective and c.compile is Compile.blocks:
+        faults.append(
+            "activation_checkpointing=selective: cannot look into compiled blocks; give activation_checkpointing=full "
+            "or compile=none"
         )
     zero = c.deepspeed.extra.get("zero_optimization")
     if isinstance(zero, dict) and zero.get("compute_grad_norm") is False:

@@ -102,6 +102,18 @@ class ActivationCheckpointing(Enum):
     full = "full"
 
 
+class Compile(Enum):
+    none = "none"
+    model = "model"
+    blocks = "blocks"
+
+
+class Offload(Enum):
+    none = "none"
+    optimizer = "optimizer"
+    parameters = "parameters"
+
+
 class FaultAction(Enum):
     stop = "stop"
     skip = "skip"
@@ -192,6 +204,9 @@ class ZeroConfig:
     accumulate: Precision = Precision.fp32
     """What the gradients of micro batches are added up in under precision=bf16; bf16 takes 2 bytes less a parameter and
     loses digits with every micro batch."""
+    offload: Offload = Offload.none
+    """What is kept, and updated, in the machine's memory instead of the GPU's: optimizer (the fp32 weights and moments,
+    ZeRO 2 and 3), or parameters too (ZeRO 3). torch's fused AdamW updates it; nothing is compiled."""
 
 
 @dataclass
@@ -311,8 +326,9 @@ class TrainConfig:
     """auto: cuda where there is one."""
     precision: Precision = Precision.bf16
     """fp32, or bf16 with fp32 master weights."""
-    compile: bool = False
-    """torch.compile the model."""
+    compile: Compile = Compile.none
+    """torch.compile the whole model (the fastest steps), or each block by itself (one block is compiled, and serves for
+    all; the only form at ZeRO 3)."""
     deterministic: bool = True
     """On GPUs, kernels that give the same bits each time, so that a resumed run repeats the undisturbed one exactly;
     false: faster, and equal within rounding. CPUs always give the same bits."""
@@ -384,12 +400,15 @@ class ExportConfig:
 
 @dataclass
 class ImportConfig:
-    """`gpt2train import`: a folder in Hugging Face format → a checkpoint to train on from."""
+    """`gpt2train import`: a folder in Hugging Face format, or a checkpoint of DeepSpeed's → a run to train on from."""
 
     path: str = ""
-    """Folder with config.json and model.safetensors of a GPT2LMHeadModel."""
+    """Folder with config.json and model.safetensors of a GPT2LMHeadModel; or the one that a training loop gave
+    DeepSpeed's `save_checkpoint` (ZeRO 1, 2 or 3, a model with GPT-2's names), whose moments and steps come along."""
     to: str = ""
     """New run folder."""
+    heads: int = 0
+    """Attention heads of a DeepSpeed checkpoint's model, which does not say; 0: channels / 64, as in the paper."""
 
 
 @dataclass

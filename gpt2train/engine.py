@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2train.config import Precision, TrainConfig, micro_batch, parameter_count
+from gpt2train.config import Compile, Offload, Precision, TrainConfig, micro_batch, parameter_count
 from gpt2train.distributed import World
-from gpt2train.model import GPT
+from gpt2train.model import GPT, Block
 from gpt2train.optim import adamw
 
 BUCKETS = 8
@@ -61,6 +61,12 @@ def deepspeed_config(config: TrainConfig, world_size: int, *, on_gpu: bool = Tru
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+    if config.zero.offload is not Offload.none:
+        there = {"device": "cpu", "pin_memory": on_gpu}
+        made["zero_optimization"]["offload_optimizer"] = there
+        if config.zero.offload is Offload.parameters:
+            made["zero_optimization"]["offload_param"] = there
+        made["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW; DeepSpeed's would be compiled for minutes
     if bf16:
         made["data_types"] = {"grad_accum_dtype": config.zero.accumulate.value}
     return _merge(made, config.deepspeed.extra)
@@ -98,6 +104,12 @@ def build(config: TrainConfig, world: World) -> Any:
         reset_positions=config.data.reset_positions,
     ).to(world.device)
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
+    if config.compile is Compile.blocks:
+        for block in model.h:
+            block.forward = torch.compile(block.forward)
+        if config.zero.stage == 3:
+            # Gathered as a whole, before the compiled forward begins.
+            deepspeed.utils.set_z3_leaf_modules(model, [Block])
     _import_muon()
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures whatever the log level
         engine, *_ = deepspeed.initialize(
@@ -106,7 +118,7 @@ def build(config: TrainConfig, world: World) -> Any:
             config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
             dist_init_required=False,
         )
-    if config.compile:
+    if config.compile is Compile.model:
         engine.compile()
     engine.train()
     return engine

@@ -115,10 +115,13 @@ def _cut(path: Path, after_step: int) -> int:
 class Wandb:
     """Weights & Biases as one more sink. Whatever fails there is told once and then left alone.
 
-    The run's id is stable, so a resumed run goes on in the same place, also when it was recorded offline.
+    The run's id is stable, so a resumed run goes on in the same place, also when it was recorded offline. It takes no
+    step twice: online it passes over what it has, offline the steps that earlier starts' files hold are not written
+    again.
     """
 
     def __init__(self, config: TrainConfig, run_id: str, tell: Callable[[str], None]) -> None:
+        self._reached = 0
         self._run: Any = None
         self._tell = tell
         if config.logging.wandb is WandbMode.off:
@@ -126,6 +129,9 @@ class Wandb:
         try:
             import wandb
 
+            if config.logging.wandb is WandbMode.offline:
+                files = sorted((Path(config.run_dir) / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+                self._reached = max((step for file in files for step, _ in wandb_history(file)), default=0)
             self._run = wandb.init(
                 project=config.logging.wandb_project,
                 name=Path(config.run_dir).resolve().name,
@@ -139,7 +145,7 @@ class Wandb:
             self._fail(error)
 
     def log(self, entry: dict[str, Any]) -> None:
-        if self._run is None:
+        if self._run is None or entry["step"] <= self._reached:
             return
         try:
             self._run.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
@@ -157,6 +163,34 @@ class Wandb:
     def _fail(self, error: Exception) -> None:
         self._run = None
         self._tell(f"Weights & Biases is off for this start ({(str(error).splitlines() or [repr(error)])[0]})")
+
+
+def wandb_history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, values) of what Weights & Biases has recorded in an offline file; a torn end is left out.
+
+    The file is a log in LevelDB's format (doc/log_format.md of google/leveldb): a header of 7 bytes, then blocks of
+    32 KiB of pieces, each with a checksum (4 bytes), its length (2), its kind (1: whole; 2, 3, 4: first, next, last).
+    """
+    from wandb.proto import wandb_internal_pb2 as records
+
+    content, at, record = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (left := 32_768 - at % 32_768) < 7:
+            at += left
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        piece = content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind == 0 or len(piece) < length:
+            return
+        record = piece if kind in (1, 2) else record + piece
+        if kind in (1, 4):
+            entry = records.Record()
+            entry.ParseFromString(record)
+            if entry.WhichOneof("record_type") == "history":
+                items = entry.history.item
+                values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                yield entry.history.step.num, values
 
 
 class TensorBoard:

@@ -29,6 +29,7 @@ from gpt2train import checkpoint, claim, distributed, engine
 from gpt2train.bounds import check
 from gpt2train.config import (
     REQUEUE_EXIT_CODE,
+    Compile,
     ConfigError,
     FaultAction,
     GPT2TrainError,
@@ -155,7 +156,9 @@ def _train(
         while step < config.steps:
             step += 1
             doing[0] = f"step {step}"
-            if not (config.compile and step == run.start_step + 1):  # compiling takes as long as it takes
+            if not (
+                config.compile is not Compile.none and step == run.start_step + 1
+            ):  # compiling takes as long as it takes
                 watchdog.watch(doing[0])
             profile.before(step)
             batch = ahead.result()

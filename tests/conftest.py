@@ -26,7 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
+    "test_train_faults",
     "test_train",
+    "test_remote",
     "test_pipeline",
     "test_launch",
     "test_hosts",

@@ -72,13 +72,13 @@ def _model(kind: str) -> torch.nn.Module:
     if kind == "hf":
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 300}
+        sizes = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 16, "vocab_size": 50_257}
         return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     from gpt2train.config import ModelConfig
     from gpt2train.model import GPT
 
     model = torch.nn.Module()
-    model.transformer = GPT(ModelConfig(layers=2, channels=16, heads=2, context=16, vocabulary=300), seed=7)
+    model.transformer = GPT(ModelConfig(layers=2, channels=16, heads=2, context=16), seed=7)
     model.forward = model.transformer.forward  # type: ignore[method-assign]
     return model
 

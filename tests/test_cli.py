@@ -170,7 +170,7 @@ def test_completion() -> None:
     assert "model=" in complete(["train", "mo"])
     assert "small" in complete(["train", "model=s"])
     assert complete(["train", "precision="]) == ["fp32", "bf16"]
-    assert complete(["train", "compile=t"]) == ["true"]
+    assert complete(["train", "overwrite=t"]) == ["true"]
     assert "processes=" in complete(["launch", "pro"])
     assert complete(["nonsense", "x"]) == []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt2train.config import ModelConfig, Precision, TrainConfig, WandbMode
-from gpt2train.metrics import MetricsFile, Reporter, TensorBoard, Wandb, duration, peak_flops
+from gpt2train.metrics import MetricsFile, Reporter, TensorBoard, Wandb, duration, peak_flops, wandb_history
 
 
 def lines(run_dir: Path) -> list[bytes]:
@@ -166,6 +166,37 @@ def test_weights_and_biases_offline_keeps_its_run(tmp_path: Path) -> None:
     folders = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
     assert folders
     assert all(name.endswith("-abc123") for name in folders)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_and_biases_shows_one_curve_after_a_kill(tmp_path: Path) -> None:
+    """Real processes with a real sink offline: killed behind its checkpoint, gone on from there, and finished."""
+    code = (
+        "import os, signal, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from test_metrics import config; from gpt2train.config import WandbMode\n"
+        "from gpt2train.metrics import Reporter\n"
+        "after, last, kill = (int(word) for word in sys.argv[3:])\n"
+        "r = Reporter(config(Path(sys.argv[2]), WandbMode.offline), active=True, run_id='abc123', after_step=after,\n"
+        "             ranks=1, device_name='cpu')\n"
+        "for step in range(after + 1, last + 1):\n"
+        "    r.step(step=step, loss=1 / step, lr=1e-3, grad_norm=0.5, tokens=step)\n"
+        "    if step % 5 == 0: r.evaluation(step=step, validation_loss=2 / step)\n"
+        "if kill: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "r.close()\n"
+    )
+    # What a kill takes from the sink lies behind the checkpoint, as a rule; here the steps 11 to 13 and 11 to 17.
+    for after, last, kill in ((0, 13, 1), (10, 17, 1), (10, 20, 0)):
+        words = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), *map(str, (after, last, kill))]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+        assert done.returncode == (-9 if kill else 0), done.stderr
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 3
+    shown = [row for file in files for row in wandb_history(file)]
+    curve = [step for step, values in shown if "loss" in values]
+    assert curve == list(range(1, 21))
+    assert [values["loss"] for _, values in shown if "loss" in values] == [1 / step for step in range(1, 21)]
+    assert [step for step, values in shown if "validation_loss" in values] == [5, 10, 15, 20]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

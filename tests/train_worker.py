@@ -4,8 +4,9 @@
 
 A job is {"train": {dotted setting: value}}, or {"cut": [from, to, step]}: copy a run folder without its checkpoints
 after `step`, or {"loop": {…}} (see deepspeed_loop.py). With "poison": {"kind": …, "rows": [tokens of a sequence]} the
-loss or the gradient of any forward pass over such a sequence is spoilt, as a broken text or a broken chip would. Rank r
-writes the exit codes and messages of its jobs to `answers.json.r`.
+loss or the gradient of any forward pass over such a sequence is spoilt, as a broken text or a broken chip would. With
+"strike": {"rank", "place", "count", "signal"} a rank hits itself at an exact place. Rank r writes the exit codes and
+messages of its jobs to `answers.json.r`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ def main(jobs_file: str, answers_file: str) -> int:
         elif "loop" in job:
             code, message = deepspeed_loop.run(job["loop"]), ""
         else:
-            with poisoned(job.get("poison")):
+            with poisoned(job.get("poison")), struck(job.get("strike"), rank):
                 code, message = run(job["train"])
         answers.append({"code": code, "message": message})
         Path(f"{answers_file}.{rank}").write_text(json.dumps(answers))
@@ -85,6 +87,41 @@ def poisoned(poison: dict[str, object] | None) -> Iterator[None]:
         yield
     finally:
         engine.GPT = GPT  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def struck(strike: dict[str, object] | None, rank: int) -> Iterator[None]:
+    """This rank sends itself a signal when it comes to a place for the n-th time: no timing decides where it is hit."""
+    if strike is None or strike["rank"] != rank:
+        yield
+        return
+    from gpt2train import checkpoint, engine
+    from gpt2train.model import GPT
+
+    place, left = strike["place"], [int(str(strike["count"]))]
+    owner, name, counts = {
+        "accumulation": (GPT, "forward", lambda model, *_: model.training),
+        "evaluation": (GPT, "forward", lambda model, *_: not model.training),
+        "save": (checkpoint, "_write", lambda *_: True),
+        "publishing": (checkpoint, "publish", lambda *_: True),
+        "pruning": (checkpoint.shutil, "rmtree", lambda path, *_: str(path).endswith(".pruned")),
+        "start": (engine, "load_state_tensors", lambda *_: True),
+    }[str(place)]
+    before = getattr(owner, name)
+
+    def instead(*arguments, **options):  # type: ignore[no-untyped-def]
+        if counts(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                print(f"struck at {place}", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), getattr(signal, str(strike["signal"])))
+        return before(*arguments, **options)
+
+    setattr(owner, name, instead)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def cut(source: str, target: str, step: int, rank: int) -> int:

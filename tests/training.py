@@ -199,3 +199,50 @@ def written_steps(run_dir: Path) -> int:
     """Lines of metrics.jsonl so far."""
     path = run_dir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+STEPS = 50
+"""Of a run that is compared with others."""
+
+
+def settings(tokens: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    dotted = {name.replace("__", "."): value for name, value in changes.items()}
+    return {**TINY, "data.path": str(tokens), "run_dir": str(run_dir), "steps": STEPS, **dotted}
+
+
+def losses_of(run: Path) -> list[float]:
+    losses, _ = read_metrics(run)
+    assert list(losses) == list(range(1, len(losses) + 1))
+    return list(losses.values())
+
+
+def largest_difference(one: list[float], other: list[float]) -> float:
+    assert len(one) == len(other)
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def entries_of(run: Path) -> list[dict[str, Any]]:
+    """Lines of steps, without what the clock says."""
+    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in entries if "loss" in entry]
+
+
+def play(folder: Path, starts: Sequence[tuple[int, Sequence[dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
+    """Each start's jobs one after another, on its number of ranks; what became of each job by its name."""
+    answers: dict[str, dict[str, Any]] = {}
+    for number, (ranks, jobs) in enumerate(starts):
+        started = Ranks(folder / f"start{number}", jobs, ranks)
+        started.wait(600)
+        for index, done in enumerate(jobs):
+            by_rank = [started.answers(rank)[index] for rank in range(ranks)]
+            answers[done["name"] + ("" if number < 2 else " later")] = {
+                "codes": [answer["code"] for answer in by_rank],
+                "messages": [answer["message"] for answer in by_rank],
+                "stderr": started.stderr(0),
+            }
+    return answers
+
+
+def cut(folder: Path, source: str, target: str, step: int) -> dict[str, Any]:
+    """The job that copies a run without its checkpoints after `step`."""
+    return {"name": f"cut {target}", "cut": [str(folder / source), str(folder / target), step]}

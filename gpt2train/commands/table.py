@@ -105,7 +105,7 @@ COMMANDS: dict[str, Command] = {
         examples=("gpt2train export run=runs/small to=out/",),
     ),
     "import": Command(
-        "a folder in Hugging Face format → a run to train on from",
+        "a folder in Hugging Face format, or DeepSpeed's checkpoint → a run to train on from",
         "gpt2train.config:ImportConfig",
         "gpt2train.release.export:import_model",
         examples=("gpt2train import path=gpt2/ to=runs/gpt2",),

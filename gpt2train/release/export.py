@@ -15,9 +15,9 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from gpt2train.config import (
     ModelConfig,
 )
 from gpt2train.release.card import model_card
+from gpt2train.release.deepspeed_files import as_gpt2, is_deepspeed_folder, read_deepspeed_folder
 from gpt2train.release.hf import hf_config, read_hf_folder, to_hf_state, weight_files
 from gpt2train.run_folder import IMPORTED
 
@@ -112,34 +113,60 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def import_model(config: ImportConfig) -> int:
-    """Writes the model at `path` as the checkpoint at step 0 of the new run folder `to`."""
+    """Writes the model at `path` as a checkpoint of the new run folder `to`, at step 0 or DeepSpeed's own."""
     faults = []
     if not config.path:
-        faults.append("path='': must name a folder in Hugging Face format; give path=FOLDER")
+        faults.append("path='': must name a folder in Hugging Face format or of DeepSpeed; give path=FOLDER")
     if not config.to:
         faults.append("to='': must name a new run folder; give to=runs/NAME")
     if faults:
         raise ConfigError(faults)
     target = Path(config.to)
     _refuse_occupied(target)
-    model, weights = read_hf_folder(config.path)
-    files = {file.name: _sha256(file) for file in weight_files(Path(config.path))}
-    state = {"step": 0, "tokens": 0, "model": asdict(model)}
+    found = _read_deepspeed(config) if is_deepspeed_folder(config.path) else _read_hugging_face(config)
+    model, step = found.model, found.state["step"]
     run_id = secrets.token_hex(8)
     with _folder_beside(target) as folder:
-        # Adam's moments before any update: zeros, which take no memory until they are written.
-        tensors = ((n, w, torch.zeros(()).expand(w.shape), torch.zeros(()).expand(w.shape)) for n, w in weights.items())
-        checkpoint.save(folder, 0, tensors, state)
+        checkpoint.save(folder, step, found.tensors, found.state | {"model": asdict(model)})
         # The run's record with no identity yet: the first `train` chooses data, batch and seed.
-        claim.Claim(folder, run_id=run_id, identity={}, published=0).record()
-        _write_json(folder / IMPORTED, {"run_id": run_id, "files": files})
+        claim.Claim(folder, run_id=run_id, identity={}, published=step).record()
+        _write_json(folder / IMPORTED, {"run_id": run_id, "files": {file.name: _sha256(file) for file in found.files}})
     print(
-        f"{config.path} → {target}: go on with `gpt2train train run_dir={target} model.layers={model.layers} "
-        f"model.channels={model.channels} model.heads={model.heads} model.context={model.context} "
-        f"model.vocabulary={model.vocabulary} data=… steps=…`",
+        f"{config.path} → {target}: go on from step {step} with `gpt2train train run_dir={target} "
+        f"model.name={model.name} model.layers={model.layers} model.channels={model.channels} "
+        f"model.heads={model.heads} model.context={model.context} model.vocabulary={model.vocabulary} "
+        f"model.dropout={model.dropout} data=… steps=…`",
         file=sys.stderr,
     )
     return 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is imported: a model, (name, weight, exp_avg, exp_avg_sq) of its parameters, state.json, the files."""
+
+    model: ModelConfig
+    tensors: Iterable[tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]]
+    state: dict[str, Any]
+    files: Sequence[Path]
+
+
+def _read_hugging_face(config: ImportConfig) -> _Found:
+    model, weights = read_hf_folder(config.path)
+    # Adam's moments before any update: zeros, which take no memory until they are written.
+    tensors = ((n, w, torch.zeros(()).expand(w.shape), torch.zeros(()).expand(w.shape)) for n, w in weights.items())
+    return _Found(model, tensors, {"step": 0, "tokens": 0}, weight_files(Path(config.path)))
+
+
+def _read_deepspeed(config: ImportConfig) -> _Found:
+    """Its steps count: training goes on with the batch and the learning rate of the step behind them."""
+    found = read_deepspeed_folder(config.path)
+    model, tensors = as_gpt2(found, heads=config.heads)
+    tokens = found.step * found.sequences_per_step * model.context
+    # Updates that DeepSpeed or the loop left out are told to Adam as steps without one.
+    state = {"step": found.step, "tokens": tokens, "updates": found.updates}
+    state["faults"] = {"skipped": list(range(1, found.step - found.updates + 1))}
+    return _Found(model, ((name, *triple) for name, triple in tensors.items()), state, found.files)
 
 
 def _refuse_occupied(target: Path) -> None:

@@ -26,7 +26,7 @@ from gpt2train.config import CheckpointError, ConfigError, Device, ModelConfig
 from gpt2train.model import GPT, LAYER_NORM_EPS
 
 _PREFIX = "transformer."
-_TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 _MASK_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 # One function under three names: transformers' activations.py spells the tanh form of GELU differently in each.
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -62,7 +62,7 @@ def to_hf_state(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dic
         assert tuple(weight.shape) == shape, f"{name}: expected {shape}, got {tuple(weight.shape)}"
         if name == "wte.weight":
             weight = weight[: config.vocabulary]
-        if _TRANSPOSED.fullmatch(name):
+        if TRANSPOSED.fullmatch(name):
             weight = weight.T
         state[_PREFIX + name] = weight.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
     return state
@@ -94,7 +94,7 @@ def from_hf_state(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dic
         if tensor is None:
             faults.append(f"{name}: missing from the weights; give the complete model.safetensors of a GPT-2")
             continue
-        theirs = tuple(reversed(shape)) if _TRANSPOSED.fullmatch(name) else shape
+        theirs = tuple(reversed(shape)) if TRANSPOSED.fullmatch(name) else shape
         if tuple(tensor.shape) != theirs:
             faults.append(f"{name}={list(tensor.shape)}: config.json says {list(theirs)}; give the files of one model")
             continue
@@ -102,7 +102,7 @@ def from_hf_state(state: Mapping[str, torch.Tensor], config: ModelConfig) -> dic
         if name == "wte.weight":
             padding = torch.zeros(config.padded_vocabulary - config.vocabulary, config.channels)
             tensor = torch.cat([tensor, padding])
-        weights[name] = (tensor.T if _TRANSPOSED.fullmatch(name) else tensor).contiguous()
+        weights[name] = (tensor.T if TRANSPOSED.fullmatch(name) else tensor).contiguous()
     faults += [f"{name}: GPT-2 has no such parameter; give the weights of a GPT2LMHeadModel" for name in sorted(found)]
     if faults:
         raise ConfigError(faults)
