@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2train.config import GPT2TrainError, Precision, TrainConfig, WandbMode, flops_per_token
-from gpt2train.run_folder import METRICS, TENSORBOARD
+from gpt2train.run_folder import METRICS, TENSORBOARD, read_metrics
 
 PEAK_FLOPS = {
     # Dense bf16 with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (sparsity's factor of two taken off). The
@@ -116,8 +116,8 @@ class Wandb:
     """Weights & Biases as one more sink. Whatever fails there is told once and then left alone.
 
     The run's id is stable, so a resumed run goes on in the same place, also when it was recorded offline. It takes no
-    step twice: online it passes over what it has, offline the steps that earlier starts' files hold are not written
-    again.
+    step twice, and a kill may take from it what was on its way: `catch_up` shows it the lines of metrics.jsonl behind
+    the last step that it has, and none that it has is shown again.
     """
 
     def __init__(self, config: TrainConfig, run_id: str, tell: Callable[[str], None]) -> None:
@@ -141,8 +141,16 @@ class Wandb:
                 dir=config.run_dir,
                 settings=wandb.Settings(init_timeout=30, silent=True, console="off"),
             )
+            if config.logging.wandb is WandbMode.online and self._run.resumed:
+                self._reached = int(self._run.step) - 1
         except Exception as error:  # no account, no network, no such project: none of them is the run's business
             self._fail(error)
+
+    def catch_up(self, run_dir: Path) -> None:
+        """Shows what stands in metrics.jsonl and was not recorded."""
+        if self._run is not None:
+            for entry in read_metrics(run_dir):
+                self.log(entry)
 
     def log(self, entry: dict[str, Any]) -> None:
         if self._run is None or entry["step"] <= self._reached:
@@ -268,6 +276,7 @@ class Reporter:
             self._rewound: dict[str, Any] = {}
             self._file = MetricsFile(Path(config.run_dir), after_step=after_step)
             self._wandb = Wandb(config, run_id, self.tell)
+            self._wandb.catch_up(Path(config.run_dir))
             self._tensorboard = TensorBoard(config, after_step, self.tell)
             if self._file.cut_lines:
                 self.tell(f"metrics.jsonl: {self._file.cut_lines} lines after step {after_step} are written anew")

@@ -185,13 +185,17 @@ def test_weights_and_biases_shows_one_curve_after_a_kill(tmp_path: Path) -> None
         "if kill: os.kill(os.getpid(), signal.SIGKILL)\n"
         "r.close()\n"
     )
-    # What a kill takes from the sink lies behind the checkpoint, as a rule; here the steps 11 to 13 and 11 to 17.
-    for after, last, kill in ((0, 13, 1), (10, 17, 1), (10, 20, 0)):
+    # What a kill takes from the sink is shown again by the next start, from metrics.jsonl.
+    # On a machine at work wandb's own start may run into its time limit; then the next start shows what it missed.
+    starts = [(0, 13, 1), (10, 17, 1), (10, 20, 0), (20, 20, 0), (20, 20, 0)]
+    for after, last, kill in starts:
         words = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path), *map(str, (after, last, kill))]
         done = subprocess.run(words, capture_output=True, text=True, timeout=240)
         assert done.returncode == (-9 if kill else 0), done.stderr
+        if (after, last) == (10, 20) and "is off for this start" not in done.stderr:
+            break
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    assert len(files) == 3
+    assert files
     shown = [row for file in files for row in wandb_history(file)]
     curve = [step for step, values in shown if "loss" in values]
     assert curve == list(range(1, 21))

@@ -180,7 +180,8 @@ class Ranks:
         return json.loads((self._folder / f"answers.json.{rank}").read_text())
 
     def stderr(self, rank: int = 0) -> str:
-        return (self._folder / f"stderr.{rank}").read_text()
+        path = self._folder / f"stderr.{rank}"
+        return path.read_text() if path.exists() else ""
 
 
 def read_metrics(run_dir: Path) -> tuple[dict[int, float], dict[int, float]]:

@@ -164,7 +164,7 @@ def _read_deepspeed(config: ImportConfig) -> _Found:
     model, tensors = as_gpt2(found, heads=config.heads)
     tokens = found.step * found.sequences_per_step * model.context
     # Updates that DeepSpeed or the loop left out are told to Adam as steps without one.
-    state = {"step": found.step, "tokens": tokens, "updates": found.updates}
+    state: dict[str, Any] = {"step": found.step, "tokens": tokens, "updates": found.updates}
     state["faults"] = {"skipped": list(range(1, found.step - found.updates + 1))}
     return _Found(model, ((name, *triple) for name, triple in tensors.items()), state, found.files)
 
