@@ -15,6 +15,10 @@ def write_dataset_card(corpus: Corpus, summary: Mapping[str, Any]) -> None:
     reasons = "\n".join(
         f"| {row['stage']} | {reason} | {n:,} |" for row in summary["stages"] for reason, n in row["reasons"].items()
     )
+    funnel = "\n".join(
+        f"| {row['stage']} | {row['in']:,} | {row['kept']:,} | {row['dropped']:,} | {row['failed']:,} |"
+        for row in summary["stages"]
+    )
     tokens = ""
     if "tokens" in summary:
         tokens = "\n".join(
@@ -40,6 +44,12 @@ source `{summary["source"]}`. Of {u["in"]:,} rows that went in, {u["kept"]:,} we
 {u["failed"]:,} failed; `ledger/` says of each which, at which stage and why.
 
 {tokens}
+
+## From stage to stage
+
+| stage | in | kept | dropped | failed |
+|---|---:|---:|---:|---:|
+{funnel}
 
 ## What was left out
 

@@ -28,6 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from inline import Inline
 from omegaconf import OmegaConf
 from warcio.archiveiterator import ArchiveIterator
@@ -460,6 +461,17 @@ def test_the_report_in_a_browser(built: tuple[CorpusConfig, Path], tmp_path: Pat
         address = pair.xpath("string(div/a)") or "javascript:alert(1)//<script>"
         assert str(by_url[address]["text"]).startswith(pair.xpath("string(pre[2])").strip()[:400])
         assert pair.xpath("string(pre[1])").strip() == "This text entered without a page."
+
+
+def test_the_card_holds_the_funnel_and_what_the_hub_reads(built: tuple[CorpusConfig, Path]) -> None:
+    _, front, text = (built[1] / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["configs"][0]["data_files"] == [{"split": "train", "path": "documents/*.parquet"}]
+    summary = json.loads((built[1] / "summary.json").read_text())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    for stage in summary["stages"]:
+        counts = [f"{stage[name]:,}" for name in ("in", "kept", "dropped", "failed")]
+        assert [stage["stage"], *counts] in rows
+        assert all([stage["stage"], reason, f"{n:,}"] in rows for reason, n in stage["reasons"].items())
 
 
 @pytest.mark.parametrize("masked", [False, True])
