@@ -41,6 +41,8 @@ from data_pipeline.records import InputError, PipelineError
 POLL_S = 0.5
 """How often rows are counted and room is looked for, in seconds."""
 CONNECT_TIMEOUT_S = 10.0
+LAST_ROWS_S = 20.0
+"""How long the end of a stage waits for its last rows to be counted."""
 DEPTH = 2
 """Tasks handed to Ray for each place in the cluster, so that none waits for this process."""
 DECIDING = ("lxml", "numpy", "py3langid", "pyarrow", "resiliparse", "scipy", "tiktoken", "trafilatura", "uvloop")
@@ -92,6 +94,8 @@ class RayExecutor:
             raise InputError(f"{self._asked()}: no node of the cluster has as much ({nodes}); ask for less")
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._rows = ray.remote(_Rows).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._question: Any = None
+        """What `_rows` was asked and has not answered yet."""
         self._run_task = ray.remote(_run_task).options(
             num_cpus=config.cpus,
             memory=config.memory_mb << 20 or None,
@@ -151,7 +155,7 @@ class RayExecutor:
             now = time.monotonic()
             if now - looked >= POLL_S or not (waiting or running):
                 looked = now
-                on_rows(ray.get(self._rows.take.remote()))
+                self._hear_rows(on_rows, 0.0)
                 if self._places():
                     had_room = now
                 elif now - had_room > self.config.node_timeout_s:
@@ -160,6 +164,18 @@ class RayExecutor:
                         "much; what is finished stands, run the same command again once there are nodes"
                     )
                 room = self._depth()
+        for _ in range(2):  # a question that was under way may have come before the last rows
+            self._hear_rows(on_rows, LAST_ROWS_S)
+
+    def _hear_rows(self, on_rows: Callable[[int], None], wait_s: float) -> None:
+        """Count the rows done since the last answer. An actor that cannot answer holds up a number, never the run."""
+        if self._question is None:
+            self._question = self._rows.take.remote()
+        answered, _ = ray.wait([self._question], timeout=wait_s)
+        if answered:
+            self._question = None
+            with contextlib.suppress(ray.exceptions.RayError):
+                on_rows(ray.get(answered[0]))
 
     def _depth(self) -> int:
         return self._most or DEPTH * self.workers

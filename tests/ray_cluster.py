@@ -44,6 +44,7 @@ STORE_BYTES = 100_000_000
 def cluster() -> Iterator[Cluster]:
     # A dead node is noticed within two seconds instead of half a minute.
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 3}
+    quick["worker_register_timeout_seconds"] = 600  # a busy machine may take minutes to start a worker
     head = {"num_cpus": 1, "object_store_memory": STORE_BYTES, "include_dashboard": False, "_system_config": quick}
     both = Cluster(initialize_head=True, head_node_args=head)
     try:

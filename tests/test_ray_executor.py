@@ -158,6 +158,35 @@ def test_a_node_with_another_folder_or_other_versions_is_refused_by_name(tmp_pat
     assert (tmp_path / "touched").exists()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_rows_that_cannot_be_counted_hold_up_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from data_pipeline import ray_executor
+
+    answers: dict[str, int] = {}
+    asked = iter(["a", "b", "c", "d"])
+    waited: list[float] = []
+
+    def wait(questions: list[str], timeout: float) -> tuple[list[str], list[str]]:
+        waited.append(timeout)
+        return [q for q in questions if q in answers], [q for q in questions if q not in answers]
+
+    monkeypatch.setattr(ray_executor.ray, "wait", wait)
+    monkeypatch.setattr(ray_executor.ray, "get", answers.__getitem__)
+    executor = object.__new__(ray_executor.RayExecutor)
+    executor._question = None
+    executor._rows = SimpleNamespace(take=SimpleNamespace(remote=lambda: next(asked)))
+    rows: list[int] = []
+    for _ in range(3):  # no answer, and no second question before there is one
+        executor._hear_rows(rows.append, 0.0)
+    assert (rows, executor._question, waited) == ([], "a", [0.0] * 3)
+    answers.update(a=3, b=4)
+    executor._hear_rows(rows.append, 0.0)
+    executor._hear_rows(rows.append, 5.0)
+    assert (rows, executor._question) == ([3, 4], None)
+
+
 def test_a_step_whose_file_is_not_seen_here_is_not_marked_as_done(tmp_path: Path) -> None:
     from data_pipeline.records import StorageError
     from data_pipeline.store import Hashes, Step, mark_done
