@@ -197,7 +197,8 @@ def evaluate(config: EvaluateCommandConfig) -> int:
     data = Path(config.data) if config.data else data_folder(run_dir) if run_dir else None
     if not (data or config.texts or config.tasks or config.harness):
         raise ConfigError([f"data='': {config.run} names no data; give data=corpus/tokens, texts=[FILE] or tasks=[…]"])
-    shards = TokenShards.open(data) if data else None
+    reads_shards = config.validation or (config.contamination and bool(config.tasks))
+    shards = TokenShards.open(data) if data and reads_shards else None
     subject = suite.subject(model, config.precision)
     results["weights_sha256"] = subject.weights_sha256
     book = suite.Book(folder if world.rank == 0 else None, results)

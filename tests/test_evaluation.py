@@ -35,7 +35,9 @@ from gpt2train.evaluation.work import shared_out
 from gpt2train.evaluation.writing import Writing
 from gpt2train.generation.decoding import sample
 from gpt2train.model import GPT
+from gpt2train.release.card import model_card
 from gpt2train.release.hf import hf_config, load_model, to_hf_state
+from gpt2train.report import report
 
 TINY = ModelConfig("tiny", layers=2, channels=16, heads=2, context=128)
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -363,8 +365,10 @@ def test_work_that_was_killed_goes_on(tmp_path: Path) -> None:
     assert again == list(range(9)), "results of other work count for nothing"
 
 
-def _rank(rank: int, world_size: int, store: str, out: str) -> None:
+def _rank(rank: int, world_size: int, store: str, out: str, run: str, data: str) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # not used: the ranks meet at the file
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     world = World(rank, world_size, rank, torch.device("cpu"))
     made: list[int] = []
@@ -375,11 +379,14 @@ def _rank(rank: int, world_size: int, store: str, out: str) -> None:
 
     rows = shared_out(work, [1] * 5, 2, world=world, folder=Path(out), key="k")
     Path(out, f"{rank}.json").write_text(json.dumps([made, np.concatenate(rows).tolist()]))
-    model, tokenizer = lively(), load_tokenizer()
-    prepared = measure.prepare(TASKS["lambada"], _words(), tokenizer, TINY, stride=64, budget=256)
-    scores = measure.measure(prepared, suite.subject(model, EvaluateCommandConfig().precision), tokenizer, world=world)
-    Path(out, f"scores_{rank}.json").write_text(json.dumps({k: s.as_json() for k, s in scores.items()}))
+    assert evaluate(of_all_kinds(run, data, f"{out}/ours")) == 0
     torch.distributed.destroy_process_group()
+
+
+def of_all_kinds(run: str, data: str, out: str) -> EvaluateCommandConfig:
+    return EvaluateCommandConfig(
+        run=run, tasks=["lambada", "ptb", "openbookqa", "triviaqa"], task_data=[data], stride=16, batch=1, out=out
+    )
 
 
 def _words() -> sources.TestSet:
@@ -387,17 +394,18 @@ def _words() -> sources.TestSet:
     return sources.TestSet(list(items), "words", "")
 
 
-def test_two_ranks_share_the_work_and_agree_with_one(tmp_path: Path) -> None:
-    """Five batches for two ranks: one does the first again, so that both make three; batch 2 was done before."""
+def test_two_ranks_share_the_work_and_agree_with_one(run: Path, data: Path, tmp_path: Path) -> None:
+    """Batches in turn, one of them done before; and the whole command writes what one process writes, bit for bit."""
     (tmp_path / "rank_7.jsonl").write_text('{"key": "k"}\n{"batch": 2, "rows": [[0.5, 9]]}\n')
-    torch.multiprocessing.spawn(_rank, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    arguments = (2, str(tmp_path / "store"), str(tmp_path), str(run), str(data))
+    torch.multiprocessing.spawn(_rank, arguments, nprocs=2)
     (made_0, rows_0), (made_1, rows_1) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in (0, 1))
     assert (made_0, made_1) == ([0, 3], [1, 4])
     assert rows_0 == rows_1 == [[0, 0], [1 / 3, 1], [0.5, 9], [1, 0], [4 / 3, 1]]
-    scores = [json.loads((tmp_path / f"scores_{r}.json").read_text()) for r in (0, 1)]
-    prepared = measure.prepare(TASKS["lambada"], _words(), load_tokenizer(), TINY, stride=64, budget=256)
-    alone = measure.measure(prepared, suite.subject(lively(), EvaluateCommandConfig().precision), load_tokenizer())
-    assert scores[0] == scores[1] == {name: score.as_json() for name, score in alone.items()}
+    assert evaluate(of_all_kinds(str(run), str(data), str(tmp_path / "alone"))) == 0
+    ours, alone = read_evaluation(tmp_path / "ours"), read_evaluation(tmp_path / "alone")
+    assert ours == alone
+    assert all("contamination" in record for record in ours["tasks"])
 
 
 def test_a_model_that_diverged_is_told() -> None:
@@ -789,10 +797,8 @@ def test_gltrs_ranks_and_probabilities_are_ours(shared: Path) -> None:
         assert sum(a != w[0] for a, w in zip(ranks.tolist(), wanted, strict=True)) <= len(wanted) // 100
 
 
-def test_groups_of_the_table_are_shown(run: Path, data: Path) -> None:
-    """The report has the table, escaped, beside GPT-2's sizes."""
-    from gpt2train.report import report
-
+def test_scores_are_in_the_report_and_in_the_model_card(run: Path, data: Path) -> None:
+    """The report has the table, escaped, beside GPT-2's sizes; the model card each main score with its overlap."""
     (run / "config.yaml").write_text("run_dir: x\n")
     evaluate(EvaluateCommandConfig(run=str(run), tasks=["lambada"], task_data=[str(data)], validation=False))
     found = read_evaluation(run)
@@ -810,6 +816,9 @@ def test_groups_of_the_table_are_shown(run: Path, data: Path) -> None:
     assert "45.99 %" in page
     assert "1542M" in page
     assert tasks.TASKS["lambada"].source.split(",")[0] in page
+    newest = run / "checkpoints" / "step_00000040"
+    card = model_card(newest, checkpoint.read_state(newest))
+    assert r"accuracy\_last\_token (3 items, 47.37% of its 8-grams in the training data) | 0.00 % ± 0.00 %" in card
 
 
 # -- while a model trains

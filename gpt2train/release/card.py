@@ -14,6 +14,7 @@ from typing import Any
 
 from gpt2train.claim import RUN
 from gpt2train.config import VOCABULARY, ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
+from gpt2train.evaluation import table
 from gpt2train.run_folder import (
     EVALUATION,
     IMPORTED,
@@ -154,6 +155,12 @@ def _results(train_loss: float | None, validation_loss: float | None, evaluation
         ):
             if result.get(key) is not None:
                 rows.append((f"{result['name']} ({result['tokens']:,} tokens), {words}", f"{result[key]:.4f}"))
+    for record in evaluation.get("tasks", []):
+        metric, seen = record["metric"], record.get("contamination")
+        overlap = f", {seen['share']:.2%} of its {seen['ngram']}-grams in the training data" if seen else ""
+        score = record["scores"][metric]
+        value = f"{table.shown(metric, score['value'])} ± {table.shown(metric, score['stderr'])}"
+        rows.append((f"{record['title']}, {metric} ({record['items']:,} items{overlap})", value))
     if not rows:
         return "Nothing was measured for this checkpoint."
     return _rows(rows) + (
