@@ -532,13 +532,17 @@ def test_the_command_measures_and_records(
     assert lambada["data"]["sha256"] == hashlib.sha256((data / "lambada_test.jsonl").read_bytes()).hexdigest()
     assert not (run / "evaluation").exists()
 
-    # Again: nothing is asked of the model. With another weight, everything is.
+    # Again: nothing is asked of the model. Other data or again=true, and all is.
     monkeypatch.setattr(likelihood, "score", None)
     assert evaluate(dataclasses.replace(config, validation=False, tasks=["lambada"])) == 0
     assert "lambada: measured before" in capsys.readouterr().err
     assert read_evaluation(run) == first
     with pytest.raises(TypeError):
         evaluate(dataclasses.replace(config, validation=False, tasks=["lambada"], again=True))
+    corrected = (data / "openbook_qa.jsonl").read_text().replace('"gold": 1', '"gold": 0')
+    (data / "openbook_qa.jsonl").write_text(corrected)
+    with pytest.raises(TypeError):
+        evaluate(dataclasses.replace(config, validation=False, tasks=["openbookqa"]))
 
 
 def plain_nats(model: GPT, tokens: np.ndarray, *, context: int, stride: int) -> float:

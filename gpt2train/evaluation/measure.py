@@ -71,8 +71,9 @@ class Prepared:
     """What else the numbers depend on."""
 
     def digest(self) -> str:
-        """sha256 over all that is asked and how it is batched."""
-        found = hashlib.sha256(json.dumps([self.task.name, self.settings], sort_keys=True).encode())
+        """sha256 over all that is asked, what is right, and how it is batched."""
+        of_task = [self.task.name, self.task.protocol, self.test_set.sha256, self.settings]
+        found = hashlib.sha256(json.dumps(of_task, sort_keys=True).encode())
         for request in self.requests:
             found.update(b"%d:%d:" % (len(request.tokens), request.predicted) + request.tokens.astype("<u2").tobytes())
         for ids in self.prompts:

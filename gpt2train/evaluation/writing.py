@@ -76,8 +76,10 @@ def write(model: GPT, prompts: Sequence[np.ndarray], how: Writing, tokenizer: To
         seeds=[_seed(ids) for ids in prompts],
         max_new_tokens=how.max_new_tokens,
     )
+    count = [0] * len(prompts)
     for row, token in rows:
-        found[row, rows.new_tokens(row) - 1] = token
+        found[row, count[row]] = token
+        count[row] += 1
         if how.stops and _stop_in(text_of(found[row], tokenizer), how) is not None:
             rows.finish(row)
     return found
