@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline import tokenizer
@@ -61,10 +62,10 @@ def tokenize_shard(documents: Path, tokens_out: Path, documents_out: Path) -> di
                 tokens_file.write(ids.data)
                 tokens_file.write(end.data)
                 lengths.append(len(ids) + 1)
-                counts["text_bytes"] += len(text.encode())
             columns = [batch["index"], batch["url"], batch["digest"], pa.array(lengths, pa.int64())]
             table.write_table(pa.table(columns, schema=PART_SCHEMA))
             counts["documents"] += len(lengths)
+            counts["text_bytes"] += pc.sum(pc.binary_length(batch["text"])).as_py() or 0
             counts["tokens"] += sum(lengths)
     return counts
 
