@@ -2,9 +2,11 @@
 
 The same sizes, batch, tokens, optimizer and precision for all, one process each, in turn and several times over, so
 that a machine that slows down slows down for all. The plain loop is what one would write by hand: the same network,
-whole logits, torch's cross-entropy and AdamW. Steps of the first lap are not counted.
+whole logits, torch's cross-entropy and AdamW. The first steps of each process are not counted. Ratios are of one
+round's medians; their median over the rounds is given, with the lowest and the highest. CPU seconds, which other work
+on the machine moves less, stand beside wall-clock ones.
 
-    python -m benchmarks.training [--model mini] [--context 256] [--sequences 16] [--micro 8] [--steps 8] [--rounds 2]
+    python -m benchmarks.training [--model micro] [--context 256] [--sequences 16] [--micro 8] [--steps 6] [--rounds 4]
                                   [--json out.json]
     pip install 'gpt2train[bench]'    # for the Trainer, which needs accelerate; it is left out otherwise
 """
@@ -49,15 +51,44 @@ def write_tokens(folder: Path, tokens: int, context: int) -> None:
         writer.finish(made_from="a benchmark", settings={})
 
 
-def ours(work: dict[str, Any]) -> list[float]:
-    from gpt2train.train import train
+class Laps:
+    """Wall-clock and CPU seconds of each step of this process."""
 
+    def __init__(self) -> None:
+        self.wall_s: list[float] = []
+        self.cpu_s: list[float] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self._begin = time.perf_counter(), time.process_time()
+
+    def end(self) -> None:
+        wall, cpu = self._begin
+        self.wall_s.append(time.perf_counter() - wall)
+        self.cpu_s.append(time.process_time() - cpu)
+        self.begin()
+
+
+def ours(work: dict[str, Any]) -> Laps:
+    from gpt2train import train as room
+
+    laps = Laps()
+
+    class Timed(room.Reporter):
+        def start_clock(self) -> None:
+            super().start_clock()
+            laps.begin()
+
+        def step(self, **numbers: Any) -> None:
+            super().step(**numbers)
+            laps.end()
+
+    room.Reporter = Timed  # type: ignore[misc]
     run = Path(work["folder"]) / f"run{os.getpid()}"
     config = _config(work)
     config.run_dir = str(run)
-    assert train(config) == 0
-    entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [work["sequences"] * work["context"] / entry["tokens_per_s"] for entry in entries if "loss" in entry]
+    assert room.train(config) == 0
+    return laps
 
 
 def _config(work: dict[str, Any]) -> Any:
@@ -83,7 +114,7 @@ def _config(work: dict[str, Any]) -> Any:
     )
 
 
-def plain(work: dict[str, Any]) -> list[float]:
+def plain(work: dict[str, Any]) -> Laps:
     import torch
     from torch.nn import functional as F
 
@@ -99,9 +130,9 @@ def plain(work: dict[str, Any]) -> list[float]:
     windows = TokenWindows(TokenShards.open(config.data.path).split("train"), config.model.context)
     order = BatchOrder(config.seed, len(windows), config.batch.sequences)
     low = work["precision"] == "bf16"
-    took = []
+    laps = Laps()
     for step in range(config.steps):
-        begin = time.perf_counter()
+        laps.begin()
         indices = order.indices(step)
         for start in range(0, len(indices), work["micro"]):
             rows = torch.from_numpy(windows.read(indices[start : start + work["micro"]])).to(device)
@@ -114,11 +145,11 @@ def plain(work: dict[str, Any]) -> list[float]:
         optimizer.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        took.append(time.perf_counter() - begin)
-    return took
+        laps.end()
+    return laps
 
 
-def trainer(work: dict[str, Any]) -> list[float]:
+def trainer(work: dict[str, Any]) -> Laps:
     import torch
     import transformers
 
@@ -143,14 +174,13 @@ def trainer(work: dict[str, Any]) -> list[float]:
 
     class Clock(transformers.TrainerCallback):
         def __init__(self) -> None:
-            self.took: list[float] = []
-            self.begin = 0.0
+            self.laps = Laps()
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.begin = time.perf_counter()
+            self.laps.begin()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.took.append(time.perf_counter() - self.begin)
+            self.laps.end()
 
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
@@ -189,7 +219,7 @@ def trainer(work: dict[str, Any]) -> list[float]:
         },
     )
     transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[clock]).train()
-    return clock.took
+    return clock.laps
 
 
 def child(name: str, work: dict[str, Any]) -> None:
@@ -202,11 +232,12 @@ def child(name: str, work: dict[str, Any]) -> None:
             free.bind(("127.0.0.1", 0))
             os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    took = {"ours": ours, "plain": plain, "trainer": trainer}[name](work)[WARM_UP_STEPS:]
+    laps = {"ours": ours, "plain": plain, "trainer": trainer}[name](work)
     on_gpu = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     device = torch.cuda.get_device_name() if on_gpu else "cpu"
-    print("\n" + json.dumps({"took_s": took, "peak_bytes": peak, "device": device}), flush=True)
+    figures = {"wall_s": laps.wall_s[WARM_UP_STEPS:], "cpu_s": laps.cpu_s[WARM_UP_STEPS:], "peak_bytes": peak}
+    print("\n" + json.dumps(figures | {"device": device}), flush=True)
 
 
 def measure(name: str, work: dict[str, Any]) -> dict[str, Any]:
@@ -222,14 +253,35 @@ def measure(name: str, work: dict[str, Any]) -> dict[str, Any]:
     return figures
 
 
+def summary(laps: list[dict[str, Any]], plain_laps: list[dict[str, Any]], work: dict[str, Any]) -> dict[str, float]:
+    """A contender's row: medians over all its steps, and round by round what it is of the plain loop beside it."""
+    median = statistics.median
+    wall_s, cpu_s = ([s for lap in laps for s in lap[kind]] for kind in ("wall_s", "cpu_s"))
+    ratios = [median(lap["wall_s"]) / median(beside["wall_s"]) for lap, beside in zip(laps, plain_laps, strict=True)]
+    cpu_ratios = [median(lap["cpu_s"]) / median(beside["cpu_s"]) for lap, beside in zip(laps, plain_laps, strict=True)]
+    peak, plain_peak = (max(lap["peak_bytes"] for lap in several) for several in (laps, plain_laps))
+    return {
+        "s_per_step": median(wall_s),
+        "fastest_s": min(wall_s),
+        "cpu_s_per_step": median(cpu_s),
+        "tokens_per_s": work["sequences"] * work["context"] / median(wall_s),
+        "peak_mb": peak / 1e6,
+        "ratio": median(ratios),
+        "lowest_ratio": min(ratios),
+        "highest_ratio": max(ratios),
+        "cpu_ratio": median(cpu_ratios),
+        "memory_ratio": peak / plain_peak,
+    }
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], json.loads(sys.argv[3]))
         return
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="mini")
+    parser.add_argument("--model", default="micro")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
-    for name, value in {"context": 256, "sequences": 16, "micro": 8, "steps": 8, "rounds": 2}.items():
+    for name, value in {"context": 256, "sequences": 16, "micro": 8, "steps": 6, "rounds": 4}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--json", type=Path)
     options = vars(parser.parse_args())
@@ -244,22 +296,16 @@ def main() -> None:
         for turn in range(rounds):
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 runs[name].append(measure(name, options | {"folder": folder}))
-    table = {}
-    for name, laps in runs.items():
-        took_s = [s for lap in laps for s in lap["took_s"]]
-        table[name] = {
-            "s_per_step": statistics.median(took_s),
-            "fastest_s": min(took_s),
-            "tokens_per_s": options["sequences"] * options["context"] / statistics.median(took_s),
-            "peak_mb": max(lap["peak_bytes"] for lap in laps) / 1e6,
-        }
-    for row in table.values():
-        row["ratio"] = row["s_per_step"] / table["plain"]["s_per_step"]
-    print(f"{'':8} {'s/step':>8} {'fastest':>8} {'tokens/s':>9} {'peak MB':>8} {'of plain':>8}")
+    table = {name: summary(laps, runs["plain"], options) for name, laps in runs.items()}
+    print(
+        f"{'':8} {'s/step':>8} {'fastest':>8} {'CPU s':>8} {'tokens/s':>9} {'peak MB':>8} {'of plain':>8} "
+        f"{'lowest':>7} {'highest':>7} {'CPU':>6} {'memory':>7}"
+    )
     for name, row in table.items():
         print(
-            f"{name:8} {row['s_per_step']:8.3f} {row['fastest_s']:8.3f} {row['tokens_per_s']:9.0f} "
-            f"{row['peak_mb']:8.0f} {row['ratio']:8.3f}"
+            f"{name:8} {row['s_per_step']:8.3f} {row['fastest_s']:8.3f} {row['cpu_s_per_step']:8.3f} "
+            f"{row['tokens_per_s']:9.0f} {row['peak_mb']:8.0f} {row['ratio']:8.3f} {row['lowest_ratio']:7.3f} "
+            f"{row['highest_ratio']:7.3f} {row['cpu_ratio']:6.3f} {row['memory_ratio']:7.3f}"
         )
     if out:
         packages = ("torch", "deepspeed", "transformers", "accelerate")

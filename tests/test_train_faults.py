@@ -321,6 +321,7 @@ def test_what_cannot_go_on_is_refused(tokens: Path, tmp_path: Path) -> None:
         assert answer["code"] == code, answer
         assert re.search(message, answer["message"]), (message, answer)
     assert (other / "thesis.txt").read_text() == "do not touch"
+    assert not (tmp_path / "new").exists(), "what is refused leaves no folder"
     assert len(losses_of(run)) == 4  # the last start began anew
     told = ranks.stderr()
     assert "changed since the last start: optimizer.lr 0.001 → 0.002" in told

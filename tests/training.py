@@ -93,7 +93,11 @@ class RankServer:
         assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.stdout.close()
-        self._process.wait(30)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -228,12 +232,14 @@ def entries_of(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k != "tokens_per_s"} for entry in entries if "loss" in entry]
 
 
-def play(folder: Path, starts: Sequence[tuple[int, Sequence[dict[str, Any]]]]) -> dict[str, dict[str, Any]]:
+def play(
+    folder: Path, starts: Sequence[tuple[int, Sequence[dict[str, Any]]]], *, timeout_s: float = 800
+) -> dict[str, dict[str, Any]]:
     """Each start's jobs one after another, on its number of ranks; what became of each job by its name."""
     answers: dict[str, dict[str, Any]] = {}
     for number, (ranks, jobs) in enumerate(starts):
         started = Ranks(folder / f"start{number}", jobs, ranks)
-        started.wait(600)
+        started.wait(timeout_s)
         for index, done in enumerate(jobs):
             by_rank = [started.answers(rank)[index] for rank in range(ranks)]
             answers[done["name"] + ("" if number < 2 else " later")] = {
