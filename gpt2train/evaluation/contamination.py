@@ -5,7 +5,7 @@ training split holds, and their share: the paper's measure (Radford et al. 2019,
 has a Bloom filter. The tokens themselves are read: what was trained on, whatever became of the corpus.
 
 The n-grams are those of the pipeline's own decontamination (`data_pipeline.clean.contamination`), so that both count
-the same thing. Cost: a few MB of text a second and rank; blocks of documents go to the ranks in turn.
+the same thing. Cost: about 10 MB of text a second and rank; blocks of documents go to the ranks in turn.
 """
 
 from __future__ import annotations

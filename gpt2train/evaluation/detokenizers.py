@@ -11,7 +11,7 @@ these are written from the test sets' own conventions:
 
 `undo` only moves spaces and replaces signs; every letter stays, in its order. `redo` is its inverse where the
 convention can be told from the text alone; what share of a test set's lines comes back exactly is told with the score,
-since a perplexity is of the test set only as far as nothing was lost. Cost: about 1 MB a second, each way.
+since a perplexity is of the test set only as far as nothing was lost. Cost: about 1.5 MB a second for both ways.
 """
 
 from __future__ import annotations
