@@ -1,0 +1,139 @@
+"""Tokens per second of generation at batch 1 beside transformers' `generate`, on the same weights.
+
+Both decode with their caches, greedily and sampled, from the same prompt, and take turns. Ours runs without and with
+guesses from the text's own past (gpt2train/generation/drafting.py), since how much those bring depends on how much a
+text repeats: untrained weights, the default, repeat themselves more than most, so give `--run` for a trained model's
+figures. What is compared are CPU seconds where there is no GPU.
+
+    python -m benchmarks.generation [--model small] [--run RUN] [--prompt TEXT] [--tokens 64] [--rounds 3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.tokenizer import load as load_tokenizer
+from gpt2train.compose import CONFIG_FOLDER, compose
+from gpt2train.config import TrainConfig
+from gpt2train.generation.decoding import DRAFT_TOKENS, Decoding
+from gpt2train.generation.sampling import GREEDY, Sampling
+from gpt2train.model import GPT
+from gpt2train.release.hf import hf_config, load_model, to_hf_state
+
+GOAL = 1.2
+"""Of transformers' tokens per second, what ours is to reach."""
+PROMPT = "In a shocking finding, scientists discovered a herd of unicorns living in a remote valley."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="small")
+    parser.add_argument("--run", default="", help="a run, or a folder in Hugging Face format, instead of new weights")
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a text")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", default="", help="file for the numbers")
+    options = parser.parse_args()
+    result = compare(
+        options.model, run=options.run, prompt=options.prompt, tokens=options.tokens, rounds=options.rounds
+    )
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64, rounds: int = 3) -> dict[str, Any]:
+    """Prints the table; tokens per second by job, and the ratio of the medians to transformers'."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run, device) if run else _new(name).to(device).eval()
+    theirs = _theirs(model).to(device)
+    ids = load_tokenizer().encode(prompt).tolist()
+    passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_hook(count)
+
+    def ours(sampling: Sampling, draft_tokens: int) -> list[int]:
+        rows = Decoding(model, [ids], sampling, seeds=[0], max_new_tokens=tokens, draft_tokens=draft_tokens)
+        return [token for _, token in rows]
+
+    def transformers_generate(**how: Any) -> list[int]:
+        given = torch.tensor([ids], device=device)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            texts = theirs.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, pad_token_id=0, **how
+            )
+        return texts[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+
+    some = Sampling(temperature=0.8, top_k=40)
+    jobs: dict[str, Callable[[], list[int]]] = {
+        "greedy, transformers": lambda: transformers_generate(do_sample=False),
+        "greedy, one by one": lambda: ours(GREEDY, 0),
+        "greedy, with guesses": lambda: ours(GREEDY, DRAFT_TOKENS),
+        "sampled, transformers": lambda: transformers_generate(do_sample=True, temperature=0.8, top_k=40),
+        "sampled, one by one": lambda: ours(some, 0),
+        "sampled, with guesses": lambda: ours(some, DRAFT_TOKENS),
+    }
+    rates: dict[str, list[float]] = {job: [] for job in jobs}
+    per_pass: dict[str, float] = {}
+    texts: dict[str, list[int]] = {}
+    for round_number in range(rounds + 1):
+        for job, act in jobs.items():
+            passes, begin = 0, _clock(device)
+            texts[job] = act()
+            took_s = _clock(device) - begin
+            if passes:
+                per_pass[job] = len(texts[job]) / passes
+            if round_number:  # the first round warms up
+                rates[job].append(len(texts[job]) / took_s)
+    same = texts["greedy, transformers"] == texts["greedy, one by one"] == texts["greedy, with guesses"]
+    unit = "tokens/s" if device.type == "cuda" else "tokens per CPU second"
+    print(f"\n{run or name} at batch 1, {len(ids)} + {tokens} tokens, {torch.get_num_threads()} threads, {device}")
+    print(f"{'':<24}{unit:>24}{'tokens a pass':>16}{'of transformers':>18}")
+    result: dict[str, Any] = {"unit": unit, "rates": rates, "ratios": {}, "greedy_texts_equal": same}
+    for job, found in rates.items():
+        reference = statistics.median(rates[f"{job.split(',')[0]}, transformers"])
+        ratio = statistics.median(found) / reference
+        result["ratios"][job] = ratio
+        shown = f"{per_pass[job]:>16.2f}" if job in per_pass else f"{'1':>16}"
+        print(f"{job:<24}{statistics.median(found):>24.1f}{shown}{ratio:>18.2f}")
+    print(f"greedy texts {'equal token for token' if same else 'DIFFER'}; the goal is {GOAL} of transformers")
+    return result
+
+
+def _new(name: str) -> GPT:
+    config = compose(TrainConfig, [f"model={name}"], groups=CONFIG_FOLDER / "train").model
+    return GPT(config, seed=0)
+
+
+def _theirs(model: GPT) -> Any:
+    import transformers
+
+    fields = {k: v for k, v in hf_config(model.config).items() if k not in ("architectures", "model_type")}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**fields)).eval()
+    state = to_hf_state(model.state_dict(), model.config)
+    theirs.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]}, strict=False)
+    return theirs
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+if __name__ == "__main__":
+    main()
