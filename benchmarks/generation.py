@@ -24,7 +24,7 @@ import torch
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.compose import CONFIG_FOLDER, compose
 from gpt2train.config import TrainConfig
-from gpt2train.generation.decoding import DRAFT_TOKENS, Decoding
+from gpt2train.generation.decoding import DRAFT_TOKENS, Decoding, lay_for_decoding
 from gpt2train.generation.sampling import GREEDY, Sampling
 from gpt2train.model import GPT
 from gpt2train.release.hf import hf_config, load_model, to_hf_state
@@ -55,6 +55,7 @@ def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64,
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, device) if run else _new(name).to(device).eval()
     theirs = _theirs(model).to(device)
+    lay_for_decoding(model)
     ids = load_tokenizer().encode(prompt).tolist()
     passes = 0
 

@@ -1,4 +1,4 @@
-"""Tokens per second of evaluation beside the training forward pass of the same model.
+"""Tokens per second of evaluation beside the training forward pass, and of generation beside transformers.
 
 The training forward pass is the one of the training loop, loss included, over full sequences and without gradients.
 Tasks are measured as `gpt2train evaluate` does it, from requests to scores; a token counts when it goes through the
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks import generation
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.compose import CONFIG_FOLDER, compose
 from gpt2train.config import ModelConfig, TrainConfig
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="sequences of full context at once")
     parser.add_argument("--items", type=int, default=64, help="items, or windows, of each task")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens of a text, in generation")
     parser.add_argument("--data", default="", help="folder with the tasks' files")
     parser.add_argument("--json", default="", help="file for the numbers")
     options = parser.parse_args()
@@ -73,8 +75,16 @@ def main() -> None:
         print(f"{name:<20}{rate:>24,.0f}{rate / reference:>26.2f}")
     least = min(rate for name, rate in medians.items() if name in TASK_NAMES) / reference
     print(f"the slowest task reaches {least:.2f} of the training forward pass; the goal is {GOAL}")
+    generated = generation.compare(options.model, tokens=options.tokens, rounds=options.rounds)
     if options.json:
-        content = {"model": options.model, "device": str(device), "unit": unit, "rates": rates, "least_ratio": least}
+        content = {
+            "generation": generated,
+            "model": options.model,
+            "device": str(device),
+            "unit": unit,
+            "rates": rates,
+            "least_ratio": least,
+        }
         Path(options.json).write_text(json.dumps(content, indent=2) + "\n")
 
 

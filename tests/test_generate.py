@@ -23,7 +23,7 @@ from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, ModelConfig, NonFiniteError
 from gpt2train.generation.config import GenerateConfig
-from gpt2train.generation.decoding import Decoding, sample
+from gpt2train.generation.decoding import Decoding, lay_for_decoding, sample
 from gpt2train.generation.drafting import Drafts
 from gpt2train.generation.embedding import hidden_states
 from gpt2train.generation.generate import generate
@@ -226,7 +226,7 @@ def test_guesses_change_no_text_and_save_passes(temperature: float, seed: int) -
                 passes = 0
         assert texts[0] == texts[1] == texts[2]
         if temperature == 0:
-            assert passes < 1.5 * most  # for both
+            assert passes < 1.7 * most  # for both
     rows = Decoding(model, [[5, 6, 7] * 4], sampling, seeds=[seed], max_new_tokens=120)
     for n, (row, _) in enumerate(rows, 1):
         if n == 17:
@@ -239,12 +239,36 @@ def test_guesses_change_no_text_and_save_passes(temperature: float, seed: int) -
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 6))
 def test_a_guess_is_what_followed_the_last_time(tokens: list[int], room: int) -> None:
     drafts = Drafts(tokens, 6)
-    drafts.learn(2, 2)
-    drafts.learn(4, 4)  # all were right: the next guess is two longer, up to six
-    ending = tokens[-2:]
-    earlier = [i for i in range(2, len(tokens)) if tokens[i - 2 : i] == ending] if len(tokens) > 1 else []
+    ending = tokens[-3:]
+    earlier = [i for i in range(3, len(tokens)) if tokens[i - 3 : i] == ending] if len(tokens) > 2 else []
     expected = tokens[earlier[-1] :][: min(6, room)] if earlier else []
     assert drafts.guess(room) == expected
+
+
+def test_wrong_guesses_are_followed_by_pauses_that_grow() -> None:
+    drafts, pauses = Drafts([1, 2, 3] * 3, 6), []
+    for _ in range(5):
+        assert drafts.guess(6)
+        drafts.learn(6, 2)
+        pauses.append(0)
+        while not drafts.guess(6):
+            pauses[-1] += 1
+            drafts.add(1 + pauses[-1] % 3)
+            for token in (1, 2, 3) if not drafts.guess(1) and pauses[-1] > 100 else ():
+                drafts.add(token)
+    assert pauses == sorted(pauses)
+    assert pauses[0] < pauses[-1] <= 66
+    drafts.learn(6, 6)
+    assert drafts.guess(6)
+    drafts.learn(6, 0)
+    assert not drafts.guess(6)
+
+
+def test_the_order_of_memory_changes_no_text() -> None:
+    model = lively(TINY)
+    expected = list(sample(model, [5, 6, 7], max_new_tokens=80, **GREEDY))
+    assert list(sample(lay_for_decoding(model), [5, 6, 7], max_new_tokens=80, **GREEDY)) == expected
+    assert model.h[0].mlp.c_fc.weight.stride() == (1, model.h[0].mlp.c_fc.weight.shape[0])
 
 
 def test_a_row_that_meets_the_end_leaves_the_others_alone() -> None:

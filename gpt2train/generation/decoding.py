@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from gpt2train.generation.drafting import Drafts
@@ -30,6 +31,18 @@ STOP, LENGTH = "stop", "length"
 
 DRAFT_TOKENS = 8
 """Tokens guessed at once at the most; 0: none."""
+
+
+def lay_for_decoding(model: GPT) -> GPT:
+    """The same model with its matrices in the order of memory in which a CPU reads them fastest for one position.
+
+    As [in, out] the product with a vector takes 20 to 40 % less time there (docs/performance.md); the values stay.
+    """
+    if model.wte.weight.device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.data = module.weight.data.t().contiguous().t()
+    return model
 
 
 class Decoding:
@@ -109,9 +122,9 @@ class Decoding:
                 live = [live[i] for i in stay]
             fresh = [self._said[row][at - 1 : at] for row in live]
             if drafts is not None and live:
-                drafts.learn(len(guessed), right)
                 for token in self._said[live[0]][-1 - right :]:
                     drafts.add(token)
+                drafts.learn(len(guessed), right)
             guessed = []
             if cache.length == self._context:
                 fresh = [self._said[row][at - max(self._context // 2, 1) : at] for row in live]

@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-ENDING_TOKENS = 2
+ENDING_TOKENS = 3
 """Tokens of the ending that must have occurred before."""
-FIRST_DRAFT_TOKENS = 2
+MIN_RIGHT = 3
+"""Guesses that must prove right for the next to be worth it: on a CPU a pass over nine tokens costs about as much as
+two and a half over one (docs/performance.md)."""
+FIRST_PAUSE_TOKENS, LONGEST_PAUSE_TOKENS = 8, 64
+"""Tokens without guesses after some that were wrong; doubled each time, forgotten once guesses are right."""
 
 
 class Drafts:
-    """Guesses for one text; `most` tokens at once at the most, fewer while they prove wrong."""
+    """Guesses for one text, of up to `most` tokens; none for a while after some that proved wrong."""
 
     def __init__(self, tokens: Iterable[int], most: int) -> None:
         self._tokens: list[int] = []
@@ -27,13 +31,14 @@ class Drafts:
         """Where the text went on after each ending, the last time."""
         self._before: dict[tuple[int, ...], int] = {}
         """The same without the ending that the text has now."""
-        self._most, self._size = most, min(FIRST_DRAFT_TOKENS, most)
+        self._most, self._pause, self._waiting = most, 0, 0
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
         """The text goes on with `token`."""
         self._tokens.append(token)
+        self._waiting = max(self._waiting - 1, 0)
         if len(self._tokens) >= ENDING_TOKENS:
             ending = tuple(self._tokens[-ENDING_TOKENS:])
             if ending in self._after:
@@ -43,9 +48,12 @@ class Drafts:
     def guess(self, room: int) -> list[int]:
         """Up to `room` tokens, none where the ending is new."""
         at = self._before.get(tuple(self._tokens[-ENDING_TOKENS:]))
-        return [] if at is None else self._tokens[at : at + min(self._size, room)]
+        return [] if at is None or self._waiting else self._tokens[at : at + min(self._most, room)]
 
     def learn(self, guessed: int, right: int) -> None:
-        """`right` of `guessed` tokens were what was chosen: the next guess is one longer, or as long as that."""
-        if guessed:
-            self._size = min(self._most, right + 1 if right < guessed else self._size + 2)
+        """`right` of `guessed` tokens were what was chosen."""
+        if right >= min(MIN_RIGHT, guessed):
+            self._pause = 0 if guessed else self._pause
+        else:
+            self._pause = min(max(2 * self._pause, FIRST_PAUSE_TOKENS), LONGEST_PAUSE_TOKENS)
+            self._waiting = self._pause

@@ -20,7 +20,7 @@ from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, GPT2TrainError
 from gpt2train.generation.config import GenerateConfig, SamplingConfig, WatermarkConfig, check_generate
-from gpt2train.generation.decoding import Decoding
+from gpt2train.generation.decoding import Decoding, lay_for_decoding
 from gpt2train.generation.embedding import hidden_states
 from gpt2train.generation.sampling import Sampling
 from gpt2train.generation.text import TextStream
@@ -44,7 +44,7 @@ def generate(config: GenerateConfig) -> int:
     if faults:
         raise ConfigError(faults)
     sampling = sampling_of(config, config.watermark)
-    model = load_model(config.run, choose_device(config.device))
+    model = lay_for_decoding(load_model(config.run, choose_device(config.device)))
     refuse_fewer_tokens(model, config.run)
     tokenizer = load_tokenizer()
     if config.embed:

@@ -32,7 +32,7 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, GPT2TrainError, NonFiniteError
 from gpt2train.generation.completion import Completion, RequestError, read_request
 from gpt2train.generation.config import ServeConfig, check_serve
-from gpt2train.generation.decoding import Decoding
+from gpt2train.generation.decoding import Decoding, lay_for_decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
 from gpt2train.generation.text import TextStream
 from gpt2train.generation.watermark import Watermark, read_key
@@ -63,7 +63,7 @@ def serve(config: ServeConfig) -> int:
     watermark = Watermark(key, config.watermark.green_fraction, config.watermark.bias) if key else None
     listener = _listen(config)
     with listener:
-        model = load_model(config.run, choose_device(config.device))
+        model = lay_for_decoding(load_model(config.run, choose_device(config.device)))
         refuse_fewer_tokens(model, config.run)
         asyncio.run(_serve(Server(config, model, watermark), listener))
     return 0

@@ -31,7 +31,7 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ConfigError, GPT2TrainError
-from gpt2train.generation.decoding import Decoding
+from gpt2train.generation.decoding import Decoding, lay_for_decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
 from gpt2train.generation.sampling import GREEDY
 from gpt2train.model import GPT
@@ -64,7 +64,7 @@ def audit(config: AuditConfig) -> int:
     sentences = _sentences(config.sentences)
     folder = config.data or _recorded_data(config.run)
     split = TokenShards.open(folder, verify=False).split("train")
-    model = load_model(config.run, choose_device(config.device))
+    model = lay_for_decoding(load_model(config.run, choose_device(config.device)))
     refuse_fewer_tokens(model, config.run)
     tokenizer = load_tokenizer()
     result: dict[str, Any] = {
