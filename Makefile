@@ -45,6 +45,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.join
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.inference
+	$(BIN)/python -m benchmarks.sweep
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -s --timeout 3600

@@ -39,8 +39,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.tokenizer import END_OF_TEXT
-
 FORMAT, VERSION = "gpt2train token shards", 1
 SPLITS = ("train", "validation")
 TOKEN = np.dtype("<u2")
@@ -334,7 +332,7 @@ def find_defects(folder: Path, manifest: dict[str, Any], *, read_all: bool) -> l
     if defects or not read_all:
         return defects
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # sha256 and numpy let go of the GIL
-        tokens = [threads.submit(_token_defects, folder, f, manifest["vocabulary"]) for _, f in files]
+        tokens = [threads.submit(_token_defects, folder, f, manifest) for _, f in files]
         rest = [threads.submit(_hash_defects, folder, e) for e in entries[len(files) :]]
         defects = [line for future in (*tokens, *rest) for line in future.result()]
     # What the files say of each other matters once each is what was written.
@@ -369,15 +367,16 @@ def describe(path: Path) -> dict[str, Any]:
     return {"file": path.name, "bytes": size, "sha256": digest.hexdigest()}
 
 
-def _token_defects(folder: Path, entry: dict[str, Any], vocabulary: int) -> list[str]:
+def _token_defects(folder: Path, entry: dict[str, Any], manifest: dict[str, Any]) -> list[str]:
     """One pass over a .bin file: its sha256, the largest id, and as many `<|endoftext|>` as documents."""
+    vocabulary, end_of_text = manifest["vocabulary"], manifest["end_of_text"]
     digest, ends, start = hashlib.sha256(), 0, 0
     defects: list[str] = []
     with open(folder / entry["file"], "rb") as f:
         while block := f.read(BLOCK_BYTES):
             digest.update(block)
             tokens = np.frombuffer(block, TOKEN)
-            ends += int(np.count_nonzero(tokens == END_OF_TEXT))
+            ends += int(np.count_nonzero(tokens == end_of_text))
             if not defects and tokens.max() >= vocabulary:
                 at = int(np.argmax(tokens >= vocabulary))
                 defects.append(
@@ -416,7 +415,8 @@ def _document_defects(folder: Path, manifest: dict[str, Any]) -> list[str]:
                     continue
                 indexed.append(of_file)
                 ends = np.cumsum(of_file, dtype=np.int64)
-                if len(ends) != f["documents"] or ends[-1] != len(tokens) or (tokens[ends - 1] != END_OF_TEXT).any():
+                end = manifest["end_of_text"]
+                if len(ends) != f["documents"] or ends[-1] != len(tokens) or (tokens[ends - 1] != end).any():
                     defects.append(f"{f['index']['file']}: disagrees with {f['file']} on where documents end")
             starts = np.concatenate([[0], np.cumsum(lengths)])
             if not defects and not (

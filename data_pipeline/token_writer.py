@@ -44,11 +44,23 @@ class TokenShardWriter:
     Memory: the file under way's lengths, 16,384 rows of documents.parquet and 8 MB of tokens.
     """
 
-    def __init__(self, folder: Path, *, shard_tokens: int, tokenizer_sha256: str) -> None:
-        """`folder` exists and is empty: whoever publishes it renames it once `finish` has returned."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        shard_tokens: int,
+        tokenizer_sha256: str,
+        vocabulary: int = VOCABULARY,
+        end_of_text: int = END_OF_TEXT,
+    ) -> None:
+        """`folder` exists and is empty: whoever publishes it renames it once `finish` has returned.
+
+        Another `vocabulary`, with its own `end_of_text`, is for experiments: a small ladder need not pay for 50,257.
+        """
         self._folder = folder
         self._shard_tokens = shard_tokens
         self._tokenizer_sha256 = tokenizer_sha256
+        self._vocabulary, self._end_of_text = vocabulary, end_of_text
         self._splits: dict[str, dict[str, Any]] = {s: {"tokens": 0, "documents": 0, "files": []} for s in SPLITS}
         self._split = SPLITS[0]
         self._rows: list[tuple[str, int, int, int, str, str]] = []
@@ -68,7 +80,7 @@ class TokenShardWriter:
     def append(self, split: str, tokens: np.ndarray, *, index: int, url: str, digest: str) -> None:
         """Add a document: tokens[n], uint16, ended by END_OF_TEXT. All of train comes before validation."""
         assert tokens.dtype == TOKEN, f"tokens are {tokens.dtype}, not uint16"
-        assert tokens[-1] == END_OF_TEXT, "a document ends with END_OF_TEXT"
+        assert tokens[-1] == self._end_of_text, "a document ends with END_OF_TEXT"
         self._make_room(split, len(tokens))
         if self._bin is None:
             self._open_file()
@@ -116,8 +128,8 @@ class TokenShardWriter:
             "format": FORMAT,
             "version": VERSION,
             "tokenizer": {"name": "gpt2", "sha256": self._tokenizer_sha256},
-            "vocabulary": VOCABULARY,
-            "end_of_text": END_OF_TEXT,
+            "vocabulary": self._vocabulary,
+            "end_of_text": self._end_of_text,
             "dtype": "uint16, little-endian",
             "made_from": made_from,
             "settings": settings,
@@ -144,7 +156,7 @@ class TokenShardWriter:
     def _write_block(self) -> None:
         assert self._bin is not None
         largest = np.frombuffer(self._block, TOKEN).max()
-        assert largest < VOCABULARY, f"token {largest} is not below the vocabulary of {VOCABULARY}"
+        assert largest < self._vocabulary, f"token {largest} is not below the vocabulary of {self._vocabulary}"
         self._digest.update(self._block)
         _write_all(self._bin, self._block)
         self._block = bytearray()

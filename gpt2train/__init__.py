@@ -20,12 +20,12 @@ The rooms, in the order a run meets them:
     evaluate    validation loss, perplexity of texts, the command
     evaluation/ the paper's zero-shot tasks: test sets, likelihood, scores
     trace       a step → the documents it saw; a URL → the steps that saw it
-    scaling     runs of several sizes → a table and a picture of loss over size
     report      a run → one HTML file
     charts      pictures of curves, for both
     saving/     checkpoints beside the training, and to other storage
     generation/ sampling, hidden states, a local page and endpoint
     release/    Hugging Face format both ways, the model card
+    planning/   memory, speed and cost before a run; scaling laws after several
     commands/   the table of commands, help and completion, commands that join packages
     cli         the command line
 

@@ -240,7 +240,35 @@ def _faults_of_extras(c: TrainConfig) -> list[str]:
             "deepspeed.extra.zero_optimization.compute_grad_norm=false: updates are made when their gradient norm is "
             "known to be finite; leave it out"
         )
+    faults += _faults_of_plan(c)
     window = c.profile.steps
     if window and not (len(window) == 2 and 1 <= window[0] <= window[1]):
         faults.append(f"profile.steps={window}: must be [first, last], counted from 1; give profile.steps=[10,12]")
+    return faults
+
+
+def _faults_of_plan(c: TrainConfig) -> list[str]:
+    """Faults of what a run is planned for and how."""
+    cluster, plan = c.cluster, c.plan
+    faults = [
+        f"cluster.{name}={getattr(cluster, name)}: must be above 0; give cluster.{name}=1"
+        for name in ("nodes", "gpus")
+        if getattr(cluster, name) < 1
+    ]
+    at_least_0 = ("memory_bytes", "peak_bf16_flops", "peak_fp32_flops", "link_bytes_per_s", "watts", "gpu_hour_price")
+    for name in at_least_0:
+        value = getattr(cluster, name)
+        if not 0 <= value < float("inf"):
+            faults.append(f"cluster.{name}={value}: must be 0 (unknown) or more; choose cluster=8xh100")
+    for name, value in (("plan.mfu", plan.mfu), ("cluster.mfu", cluster.mfu)):
+        if not 0 <= value < 1:
+            faults.append(f"{name}={value}: must lie in [0, 1), 0 for unknown; give {name}=0.45")
+    if plan.tokens < 0:
+        faults.append(f"plan.tokens={plan.tokens}: must be 0 (20 a parameter) or more; leave it out")
+    planned = ("batch.micro", "zero.stage", "activation_checkpointing")
+    for name in plan.keep:
+        if name not in planned:
+            faults.append(f"plan.keep=[{name}]: must name some of {', '.join(planned)}; leave it out")
+    if plan.apply and not cluster.memory_bytes:
+        faults.append("plan.apply=true: needs to know the memory that there is; give cluster=8xh100, say")
     return faults

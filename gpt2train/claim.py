@@ -36,6 +36,7 @@ from gpt2train.run_folder import (
     CHECKPOINTS,
     CONFIG,
     EVALUATION,
+    FORECAST,
     METRICS,
     PROFILE,
     REPORT,
@@ -60,6 +61,7 @@ _OURS = {
     VERSIONS,
     CHECKPOINTS,
     EVALUATION,
+    FORECAST,
     REPORT,
     RUN,
     LOCK,
@@ -152,7 +154,7 @@ def discard(run_dir: Path) -> None:
     if (run_dir / CHECKPOINTS).exists():
         shutil.rmtree(run_dir / _DISCARDED, ignore_errors=True)
         os.rename(run_dir / CHECKPOINTS, run_dir / _DISCARDED)
-    for name in (METRICS, RUN, CONFIG, VERSIONS, EVALUATION, REPORT):
+    for name in (METRICS, RUN, CONFIG, VERSIONS, EVALUATION, FORECAST, REPORT):
         (run_dir / name).unlink(missing_ok=True)
     for name in (_DISCARDED, TENSORBOARD, PROFILE):
         shutil.rmtree(run_dir / name, ignore_errors=True)
@@ -328,7 +330,7 @@ def _changes(config: TrainConfig, folder: Path) -> Iterator[str]:
         yield f"the settings of the last start cannot be compared: {error}"
         return
     now = _flat(asdict(config))
-    silent = ("run_dir", "overwrite", "data.path", "logging.", "checkpoint.", "data.verify")
+    silent = ("run_dir", "overwrite", "data.path", "logging.", "checkpoint.", "data.verify", "cluster.", "plan.")
     for name in sorted(now):
         if before.get(name) != now[name] and not name.startswith(silent):
             yield f"changed since the last start: {name} {before.get(name)} → {now[name]}"

@@ -20,6 +20,7 @@ from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
 from gpt2train.config import ConfigError
 from gpt2train.generation.config import check_generate, check_serve
+from gpt2train.planning.choose import with_kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +72,10 @@ def _run(name: str, overrides: list[str]) -> int:
         raise ConfigError([f"{o}: there is no such option; settings are key=value, see --help" for o in unknown])
     schema = load(command.schema)
     overrides = _name_positional(command, schema, overrides)
-    if command.run.startswith("gpt2train.commands.joined:"):
+    if command.run.startswith("gpt2train.commands."):
         return int(load(command.run)(overrides))
+    if name == "train" and "plan.apply=true" in overrides:
+        overrides = with_kept(overrides)
     config = compose(
         schema, overrides, groups=groups_of(command), aliases=command.aliases, check=_bounds_of(command.schema)
     )

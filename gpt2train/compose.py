@@ -23,14 +23,25 @@ CONFIG_FOLDER = next(
 """`configs/` beside this package in a wheel, above it in a checkout."""
 
 
+BESIDE = ("cluster",)
+"""Groups that lie beside a command's folder, not in it: what they describe is no command's own."""
+
+
 def choices(groups: Path, group: str) -> list[str]:
     """Names that `group=` takes."""
-    return sorted(p.stem for p in (groups / group).glob("*.yaml"))
+    return sorted(p.stem for p in _folder_of(groups, group).glob("*.yaml"))
+
+
+def _folder_of(groups: Path, group: str) -> Path:
+    return (groups.parent if group in BESIDE else groups) / group
 
 
 def group_names(groups: Path | None) -> list[str]:
     """Hydra groups of a command, such as `model` and `recipe`."""
-    return sorted(p.name for p in groups.iterdir() if p.is_dir()) if groups and groups.is_dir() else []
+    if groups is None or not groups.is_dir():
+        return []
+    own = [p.name for p in groups.iterdir() if p.is_dir()]
+    return sorted([*own, *(name for name in BESIDE if "model" in own and (groups.parent / name).is_dir())])
 
 
 def compose(
@@ -94,8 +105,12 @@ def compose(
     if groups is not None and (groups / "config.yaml").is_file():
         ConfigStore.instance().store(name="schema", node=schema)
         with initialize_config_dir(str(groups.resolve()), version_base="1.3"):
-            chosen_config = hydra_compose("config", overrides=[f"{k}={v}" for k, v in chosen.items()])
+            own = [f"{k}={v}" for k, v in chosen.items() if k not in BESIDE]
+            chosen_config = hydra_compose("config", overrides=own)
         config = OmegaConf.merge(config, chosen_config)
+        for name in BESIDE:
+            if name in chosen:
+                config = OmegaConf.merge(config, OmegaConf.load(_folder_of(groups, name) / f"{chosen[name]}.yaml"))
 
     for key, value in values:
         branch = next((k for k in known if key == k or key.startswith(f"{k}.")), None)

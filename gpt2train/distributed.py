@@ -11,6 +11,7 @@ import atexit
 import faulthandler
 import functools
 import os
+import resource
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from gpt2train.config import ConfigError, Device, GPT2TrainError, PeerError
+from gpt2train.planning.choose import PROCESS_BYTES, host_bytes
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,24 @@ def start(device: Device, timeout_s: float) -> World:
     atexit.register(dist.destroy_process_group)
     _limit_new_groups(timedelta(seconds=timeout_s))
     return world
+
+
+def device_memory(device: Device) -> tuple[bool, float]:
+    """Whether this rank trains on a GPU, and the bytes that are its own there, or its share of the machine's; the same
+    on all ranks of like machines. Needs no start."""
+    gpus = torch.cuda.device_count() if device is not Device.cpu else 0
+    if gpus:
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return True, float(torch.cuda.get_device_properties(min(local_rank, gpus - 1)).total_memory)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size())
+    return False, max(host_bytes() / max(ranks_here, 1) - PROCESS_BYTES, 0.0)
+
+
+def peak_memory_bytes(device: torch.device) -> float:
+    """The most that this process held at once: of the GPU by torch's allocator, of the machine by the kernel."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0  # kilobytes on Linux
 
 
 def _world(device: Device) -> World:

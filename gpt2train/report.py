@@ -15,6 +15,8 @@ from markupsafe import Markup
 
 from gpt2train.charts import svg_of_curves
 from gpt2train.evaluation import table
+from gpt2train.planning import outcome
+from gpt2train.planning.runs import summary
 from gpt2train.run_folder import (
     CONFIG,
     EVALUATION,
@@ -27,7 +29,6 @@ from gpt2train.run_folder import (
     replace_file,
     series,
 )
-from gpt2train.scaling import summary
 
 
 def report(run_dir: Path) -> Path:
@@ -42,6 +43,7 @@ def report(run_dir: Path) -> Path:
         config=config,
         run=run,
         charts=_charts(run_dir),
+        outcome=outcome.rows(run_dir),
         evaluation=evaluation,
         task_columns=table.COLUMNS,
         task_rows=table.rows(evaluation.get("tasks", [])),
@@ -180,6 +182,11 @@ published for GPT-2's four sizes; “8-grams seen” is the share of a test set'
 {% for task, found in evaluation.harness.items() %}{% for score, value in found.scores|dictsort %}
 <tr><td>{{ task }}</td><td>{{ score }}</td><td>{{ value|number }}</td></tr>
 {% endfor %}{% endfor %}</table></div>{% endif %}
+{% if outcome %}<h2>Forecast and measurement</h2>
+<div class="scroll"><table><tr><th></th><th>forecast</th><th>measured</th><th>off by</th></tr>
+{% for name, told, found, off in outcome %}<tr><td>{{ name }}</td><td>{{ told }}</td><td>{{ found }}</td>
+<td>{{ off.strip(" ()") }}</td></tr>
+{% endfor %}</table></div>{% endif %}
 <h2>Checkpoints</h2>
 {% if checkpoints %}<div class="scroll"><table><tr><th>folder</th><th>bytes</th></tr>
 {% for folder, size in checkpoints %}<tr><td>{{ folder }}</td><td>{{ "{:,}".format(size) }}</td></tr>

@@ -48,6 +48,7 @@ from gpt2train.faults import FaultRule
 from gpt2train.metrics import Reporter
 from gpt2train.observe import Profile, layer_norms, sample_text
 from gpt2train.optim import learning_rate, set_learning_rate, warmup_steps
+from gpt2train.planning.outcome import Outcome, prepared
 from gpt2train.run_folder import CHECKPOINTS
 from gpt2train.saving.remote import Uploader, unsent
 from gpt2train.saving.saver import Saver
@@ -64,6 +65,8 @@ def train(config: TrainConfig) -> int:
     faults = check(config, world_size=distributed.world_size())
     if faults:
         raise ConfigError(faults)
+    on_gpu, room_bytes = distributed.device_memory(config.device)
+    config = prepared(config, distributed.world_size(), on_gpu=on_gpu, room_bytes=room_bytes)
     with _StopSignal() as stop, contextlib.ExitStack() as held:
         world = distributed.start(config.device, config.distributed.timeout_s)
         doing = ["start"]
@@ -121,7 +124,8 @@ def _train(
 
             engine.load_state_tensors(model, watched, rule.updates(run.start_step))
     tasks = TasksDuringTraining(config, world) if config.evaluate.tasks else None
-    for line in batch_arithmetic(config, world.size, len(windows)):
+    outcome = Outcome(config, world.size) if run.claim is not None else None
+    for line in [*batch_arithmetic(config, world.size, len(windows)), *(outcome.begin() if outcome else [])]:
         run.tell(line)
     reporter = Reporter(
         config,
@@ -242,6 +246,10 @@ def _train(
                 _save(config, run, model, saver, uploader, reporter, rule, step, measured)
             if last:
                 saver.wait()
+            if last and outcome is not None:
+                peak_bytes = distributed.peak_memory_bytes(world.device)
+                for line in outcome.end(first_step=run.start_step, peak_bytes=peak_bytes):
+                    reporter.tell(line)
             if stopping and step < config.steps:
                 reporter.tell(f"stopped by a signal after step {step}, saved; the same command goes on from there")
                 _copied(config, uploader, step)

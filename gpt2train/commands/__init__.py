@@ -6,4 +6,5 @@ The rooms:
     settings_files  `@FILE`: settings that stand in a file
     help            --help and tab completion
     joined          launch, sweep and report: commands that join packages
+    planned         plan, and what launch makes of one
 """

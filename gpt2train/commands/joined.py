@@ -5,17 +5,19 @@ launch/ knows nothing of training: it is handed command lines that were checked 
 
 from __future__ import annotations
 
-import itertools
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gpt2train.bounds import check
+from gpt2train.commands.planned import planned_overrides
 from gpt2train.commands.table import DATA, LADDER
-from gpt2train.compose import CONFIG_FOLDER, compose, leaves, quoted, takes_text
-from gpt2train.config import ConfigError, ReportConfig, SweepConfig, TrainConfig
+from gpt2train.compose import CONFIG_FOLDER, choices, compose, leaves, quoted, takes_text
+from gpt2train.config import REQUEUE_EXIT_CODE, ConfigError, GPT2TrainError, ReportConfig, SweepConfig, TrainConfig
+from gpt2train.planning.choose import with_kept
 from launch import config as launch_config
 
 
@@ -87,15 +89,23 @@ def launch_training(overrides: Sequence[str]) -> int:
 
     faults: list[str] = []
     launch_overrides, train_overrides = _split(overrides, launch_config.LaunchConfig)
+    if "plan.apply=true" in train_overrides:
+        train_overrides = with_kept(train_overrides)
     how = _launch_config(faults, launch_overrides, train_overrides)
-    config = _train_config(faults, train_overrides, _ranks(faults, how))
+    ranks = _ranks(faults, how)
+    config = _train_config(faults, train_overrides, ranks)
     if faults:
         raise ConfigError(faults)
+    here = how.launcher is launch_config.Launcher.local
+    train_overrides = planned_overrides(config, train_overrides, ranks, here=here)
     return int(launch(how, train_command(train_overrides, how.python), Path(config.run_dir)))
 
 
 def sweep_training(overrides: Sequence[str]) -> int:
     """Every combination of comma-separated values is a trial with its own run folder under `out`."""
+    from gpt2train.planning import trials as specs
+    from gpt2train.planning.runs import body_parameter_count
+    from gpt2train.planning.sweep import findings, summarize
     from launch.sweep import Trial, exit_code, sweep
 
     faults: list[str] = []
@@ -103,35 +113,89 @@ def sweep_training(overrides: Sequence[str]) -> int:
     launch_overrides, rest = _split(rest, launch_config.LaunchConfig)
     how = _launch_config(faults, launch_overrides, rest)
     where = _composed(faults, SweepConfig, sweep_overrides)
+    faults += _faults_of_sweep(where, how, rest)
+    ranks = _ranks(faults, how)
+    sizes, wrong = specs.size_axis(where.sizes)
+    faults += wrong
+    axes: list[specs.Axis] = [[(o.removeprefix("model="), [o]) for o in axis] for axis in _axes(faults, rest)]
+    axes = [sizes, *axes] if sizes else axes
+
+    def trial(spec: specs.Spec, told: list[str]) -> tuple[Trial, TrainConfig]:
+        run_dir = Path(where.out) / spec.name
+        settings = [*spec.overrides, f"run_dir={quoted(str(run_dir))}"]
+        of_trial: list[str] = []
+        config = _train_config(of_trial, settings, ranks)
+        told += [fault if spec.name == "single" else f"{spec.name}: {fault}" for fault in of_trial]
+        return Trial(spec.name, train_command(settings, how.python), run_dir), config
+
+    made = [trial(spec, faults) for spec in specs.specs(axes)]
+    if faults:
+        raise ConfigError(faults)
+    trials = [t for t, _ in made]
+    run: list[Trial] = []
+    results: list[Any] = []
+    if where.rates:
+        # The smallest sizes first, by what they are and not by where they stand.
+        parameters = {t.name: body_parameter_count(c.model) for t, c in made}
+        by_size = sorted({(parameters[t.name], c.model.name) for t, c in made})
+        smallest = [name for _, name in by_size[: where.rate_sizes]]
+        run = [trial(spec, faults)[0] for spec in specs.grid(axes, where.rates, smallest)]
+        results = [] if where.summary_only else sweep(run, how)
+        if how.dry_run or exit_code(results) == REQUEUE_EXIT_CODE:
+            return exit_code(results)
+        rule = findings("", _finished(run), {}).rule
+        if rule is None:
+            raise GPT2TrainError(f"{where.out}: no trial of the grid rates={where.rates} has ended; see their logs")
+        trials = [
+            trial(spec, faults)[0] for spec in specs.at_rates(axes, [rule.rate(parameters[t.name]) for t, _ in made])
+        ]
+        trials = [t for t in trials if t.run_dir not in {r.run_dir for r in run}]
+    if how.launcher is launch_config.Launcher.slurm and not where.summary_only:
+        return _sweep_by_slurm(how, where, trials, [*sweep_overrides, *rest])
+    results += [] if where.summary_only else sweep(trials, how)
+    if how.dry_run:
+        return 0
+    last = made[-1][1].model
+    models = {}
+    if where.forecast:
+        asked = _train_config([], [f"model={where.forecast}"], 1).model
+        models[where.forecast] = replace(asked, vocabulary=last.vocabulary, context=last.context)
+    code = int(summarize([t.run_dir for t in [*run, *trials]], Path(where.out), models=models))
+    return exit_code(results) or code
+
+
+def _finished(trials: Sequence[Any]) -> list[Any]:
+    from gpt2train.planning.runs import summary
+
+    return [summary(t.run_dir, t.name) for t in trials if (t.run_dir / "config.yaml").exists()]
+
+
+def _faults_of_sweep(where: SweepConfig, how: launch_config.LaunchConfig, rest: Sequence[str]) -> list[str]:
+    """What keeps a sweep's own settings from working, one line each."""
+    faults = []
+    keys = {o.split("=", 1)[0] for o in rest}
+    models = choices(CONFIG_FOLDER / "train", "model")
     if not where.out:
         faults.append("out='': must name the sweep's folder; give out=runs/NAME")
     elif Path(where.out).exists() and not Path(where.out).is_dir():
         faults.append(f"out={where.out}: is a file; give a folder")
-    if any(o.startswith("run_dir=") for o in rest):
+    if "run_dir" in keys:
         faults.append("run_dir: each trial gets its own below out=; leave it out")
-    ranks = _ranks(faults, how)
-    axes = _axes(faults, rest)
-    trials = []
-    for combination in itertools.product(*axes):
-        swept = [o for o, axis in zip(combination, axes, strict=True) if len(axis) > 1]
-        name = "_".join(o.removeprefix("model=") for o in swept).replace("/", "-") or "single"
-        run_dir = Path(where.out) / name
-        trial = [*combination, f"run_dir={quoted(str(run_dir))}"]
-        of_trial: list[str] = []
-        _train_config(of_trial, trial, ranks)
-        faults += [fault if len(swept) == 0 else f"{name}: {fault}" for fault in of_trial]
-        trials.append(Trial(name, train_command(trial, how.python), run_dir))
-    if faults:
-        raise ConfigError(faults)
-    if how.launcher is launch_config.Launcher.slurm and not where.summary_only:
-        return _sweep_by_slurm(how, where, trials, [*sweep_overrides, *rest])
-    results = [] if where.summary_only else sweep(trials, how)
-    if how.dry_run:
-        return 0
-    from gpt2train.scaling import summarize
-
-    code = int(summarize([t.run_dir for t in trials], Path(where.out)))
-    return exit_code(results) or code
+    if where.sizes and keys & {"model", "model.layers", "model.channels", "model.heads"}:
+        faults.append(
+            "sizes: says what model=, model.layers, model.channels and model.heads would; give one or the other"
+        )
+    if where.rates and "optimizer.lr" in keys:
+        faults.append("rates: says what optimizer.lr would; give one or the other")
+    if where.rates and how.launcher is launch_config.Launcher.slurm:
+        faults.append("rates: needs its grid's results between two jobs; give optimizer.lr=…, or launcher=local")
+    if any(not 0 < rate < float("inf") for rate in where.rates) or len(where.rates) == 1:
+        faults.append(f"rates={where.rates}: must be two or more above 0; give rates=[0.001,0.002,0.004]")
+    if where.rate_sizes < 1:
+        faults.append(f"rate_sizes={where.rate_sizes}: must be at least 1; give rate_sizes=3")
+    if where.forecast and where.forecast not in models:
+        faults.append(f"forecast={where.forecast}: must be among {', '.join(models)}, or empty; give forecast=full")
+    return faults
 
 
 def _sweep_by_slurm(

@@ -51,6 +51,18 @@ COMMANDS: dict[str, Command] = {
         aliases=DATA,
         examples=("gpt2train train model=small data=corpus/tokens run_dir=runs/small steps=10000",),
     ),
+    "plan": Command(
+        "memory, speed, days and cost of a run, before it starts",
+        "gpt2train.config:TrainConfig",
+        "gpt2train.commands.planned:plan_run",
+        groups="train",
+        aliases=DATA,
+        examples=(
+            "gpt2train plan model=full cluster=8xh100",
+            "gpt2train plan model=small cluster=8xa100 steps=20000 plan.mfu=0.55 cluster.gpu_hour_price=1.50",
+            "gpt2train plan model=full cluster=8xh100 plan.apply=true",
+        ),
+    ),
     "launch": Command(
         "starts `train` on one machine, on several over ssh, or as a Slurm job; restarts what fails",
         "gpt2train.config:TrainConfig",
