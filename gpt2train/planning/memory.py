@@ -18,7 +18,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpt2train.config import ActivationCheckpointing, ModelConfig, Precision, TrainConfig, micro_batch, parameter_count
+from gpt2train.config import (
+    ActivationCheckpointing,
+    ModelConfig,
+    Offload,
+    Precision,
+    TrainConfig,
+    micro_batch,
+    parameter_count,
+)
 
 GIB = 1 << 30
 LOSS_CHUNK_POSITIONS = 2048
@@ -108,6 +116,10 @@ def memory(config: TrainConfig, ranks: int, *, on_gpu: bool = True) -> Memory:
     weights = N * number if stage < 3 else N * number / W + _gathered(model, W) * number
     moments = 8.0 * N / split
     master = 4.0 * N / split if bf16 or stage >= 1 else 0.0
+    if on_gpu and config.zero.offload is not Offload.none:
+        # In the machine's memory; what travels through the GPU is small and reasoned, not measured.
+        moments = master = 0.0
+        weights -= N * number / W if config.zero.offload is Offload.parameters else 0.0
     made = float(N * number)
     """Gradients as autograd makes them."""
     if bf16 and stage == 1:
