@@ -7,8 +7,10 @@ The rooms, in the order a run meets them:
     compose     Hydra groups and overrides → a checked dataclass; all faults at once
     run_folder  what lies where in a run's folder
     data        token shards → the batch of a step, from seed and step alone
-    model       GPT-2 in plain PyTorch
-    optim       parameter groups, AdamW, the learning-rate schedule
+    model       GPT-2 in plain PyTorch, and what has been learned since, by switches
+    network/    attention and the loss, its parts
+    optim       parameter groups, the learning-rate schedule
+    optimizers/ Muon, and how the ranks share its work
     distributed the run's processes: how they agree, and how a run ends when one does not answer
     engine      the one place that makes DeepSpeed's dictionary and starts it
     checkpoint  safetensors by parameter name: written beside, verified, published by a rename

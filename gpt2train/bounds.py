@@ -17,6 +17,7 @@ from gpt2train.config import (
     ExportConfig,
     FaultAction,
     Offload,
+    Positions,
     Precision,
     TrainConfig,
 )
@@ -111,7 +112,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
     require(o.lr > 0, "optimizer.lr", o.lr, "must be above 0", "give 6e-4")
     require(0 <= o.min_lr_ratio <= 1, "optimizer.min_lr_ratio", o.min_lr_ratio, "must lie in [0, 1]", "give 0.1")
     require(o.warmup_steps >= -1, "optimizer.warmup_steps", o.warmup_steps, "must be -1 or more", "leave it out")
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         require(0 <= getattr(o, name) < 1, f"optimizer.{name}", getattr(o, name), "must lie in [0, 1)", "leave it out")
     for name in ("eps", "weight_decay", "clip_grad_norm"):
         require(getattr(o, name) >= 0, f"optimizer.{name}", getattr(o, name), "must be 0 or more", "leave it out")
@@ -153,7 +154,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         require(value >= 0, name, value, "must be 0 or more", "leave it out")
     require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
     require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
-    faults += _faults_of_extras(c) + _faults_of_remote(c)
+    faults += _faults_of_recipe(c) + _faults_of_extras(c) + _faults_of_remote(c)
     require(
         c.distributed.timeout_s >= 1,
         "distributed.timeout_s",
@@ -186,6 +187,29 @@ def _faults_of_remote(c: TrainConfig) -> list[str]:
         value = getattr(c.checkpoint, name)
         if value < least:
             faults.append(f"checkpoint.{name}={value}: must be at least {least}; leave it out")
+    return faults
+
+
+def _faults_of_recipe(c: TrainConfig) -> list[str]:
+    """Faults of what may differ from 2019."""
+    m, o, faults = c.model, c.optimizer, []
+    for name in ("embedding_lr_ratio", "head_lr_ratio"):
+        if not 0 < getattr(o, name) < float("inf"):
+            faults.append(f"optimizer.{name}={getattr(o, name)}: must be above 0; leave it out")
+    if o.head_lr_ratio != 1 and m.tied_head:
+        faults.append(
+            f"optimizer.head_lr_ratio={o.head_lr_ratio}: the head is the embedding; give model.tied_head=false or "
+            f"optimizer.embedding_lr_ratio"
+        )
+    if not 0 < o.cooldown <= 1:
+        faults.append(f"optimizer.cooldown={o.cooldown}: must lie in (0, 1]; give 0.4")
+    if not 0 <= m.logit_softcap < float("inf"):
+        faults.append(f"model.logit_softcap={m.logit_softcap}: must be 0 (none) or more; give 15")
+    if m.positions is Positions.rotary and m.heads > 0 and m.channels % (2 * m.heads):
+        faults.append(
+            f"model.positions=rotary: turns pairs of a head's channels, so model.channels={m.channels} must be a "
+            f"multiple of 2 × model.heads={m.heads}; give another or model.positions=learned"
+        )
     return faults
 
 

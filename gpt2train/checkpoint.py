@@ -2,7 +2,7 @@
 
     checkpoints/step_00001200/
         weights_00000.safetensors   fp32 weights by parameter name; one file a rank, parameter i with rank i mod ranks
-        moments_00000.safetensors   Adam's moments: exp_avg/NAME and exp_avg_sq/NAME, fp32
+        moments_00000.safetensors   Adam's moments: exp_avg/NAME and exp_avg_sq/NAME, fp32; for Muon the first alone
         state.json                  step, tokens, model, schedule, seeds, data fingerprint
         manifest.json               bytes and sha256 of all of these, parameter → part and shape; written last
 
@@ -79,16 +79,19 @@ class Captured:
     moments: dict[str, Tensor]
 
 
-def capture(tensors: Iterable[tuple[str, Tensor, Tensor, Tensor]], world: World = _ALONE) -> Captured:
+def capture(tensors: Iterable[tuple[str, Tensor, Tensor, Tensor | None]], world: World = _ALONE) -> Captured:
     """Copies this rank's share of (name, weight, exp_avg, exp_avg_sq); all ranks run through the same ones together."""
     captured = Captured({}, {}, {})
     for number, (name, weight, exp_avg, exp_avg_sq) in enumerate(tensors):
         part = number % world.size
         captured.parameters[name] = {"part": part, "shape": list(weight.shape)}
+        if exp_avg_sq is None:
+            captured.parameters[name]["moments"] = ["exp_avg"]
         if part == world.rank:
             captured.weights[name] = _copy(weight)
             captured.moments[f"exp_avg/{name}"] = _copy(exp_avg)
-            captured.moments[f"exp_avg_sq/{name}"] = _copy(exp_avg_sq)
+            if exp_avg_sq is not None:
+                captured.moments[f"exp_avg_sq/{name}"] = _copy(exp_avg_sq)
     return captured
 
 
@@ -117,7 +120,7 @@ def write(
 def save(
     run_dir: Path,
     step: int,
-    tensors: Iterable[tuple[str, Tensor, Tensor, Tensor]],
+    tensors: Iterable[tuple[str, Tensor, Tensor, Tensor | None]],
     state: Mapping[str, Any],
     *,
     keep: Keep = Keep(),  # noqa: B008 (frozen)
@@ -354,9 +357,19 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self._tensors.close()
 
-    def __call__(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         get = self._tensors.get
-        return get("weights", name), get("moments", name, "exp_avg/"), get("moments", name, "exp_avg_sq/")
+        both = "exp_avg_sq" in _moments(self._tensors.parameters.get(name, {}))
+        second = get("moments", name, "exp_avg_sq/") if both else None
+        return get("weights", name), get("moments", name, "exp_avg/"), second
+
+
+def _moments(entry: Mapping[str, Any]) -> Sequence[str]:
+    """Names of a parameter's moments, of its entry in the manifest."""
+    found = entry.get("moments", ("exp_avg", "exp_avg_sq"))
+    if not isinstance(found, (list, tuple)) or not {"exp_avg"} <= {*found} <= {"exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"moments {found!r}")
+    return found
 
 
 class _Tensors:
@@ -444,7 +457,7 @@ def _content_defects(folder: Path, files: Mapping[str, Any], parameters: Mapping
     try:
         if STATE not in files or not isinstance(json.loads((folder / STATE).read_bytes()), dict):
             return [f"{STATE} is not what a checkpoint needs"]
-        for kind, prefixes in (("weights", ("",)), ("moments", ("exp_avg/", "exp_avg_sq/"))):
+        for kind in ("weights", "moments"):
             for part in sorted({entry["part"] for entry in parameters.values()}):
                 path = _part(folder, kind, part)
                 if path.name not in files:
@@ -452,6 +465,7 @@ def _content_defects(folder: Path, files: Mapping[str, Any], parameters: Mapping
                 with safe_open(path, framework="pt") as file:
                     held = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
                     for name, entry in parameters.items():
+                        prefixes = [f"{moment}/" for moment in _moments(entry)] if kind == "moments" else [""]
                         if entry["part"] == part and not _holds(held, prefixes, name, entry["shape"]):
                             return [f"{path.name} does not hold {name} as fp32 {entry['shape']}"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -71,14 +71,16 @@ _OURS = {
     PROFILE,
     _DISCARDED,
 }
-_SHAPE = ("layers", "channels", "heads", "context", "vocabulary", "pad_vocabulary_to")
+_FREE = ("name", "dropout")
+"""What may change of the model while a run goes on: its name, and what is random in it."""
 
 
 def identity(config: TrainConfig, data_fingerprint: str) -> dict[str, Any]:
     """What may not change while a run goes on, by the name of its setting."""
-    model = asdict(config.model)
+    model = config.model.to_json()
     return {
-        **{f"model.{name}": model[name] for name in _SHAPE},
+        **{f"model.{name}": value for name, value in model.items() if name not in _FREE},
+        "optimizer.name": config.optimizer.name.value,
         "data": data_fingerprint,
         "batch.sequences": config.batch.sequences,
         "seed": config.seed,

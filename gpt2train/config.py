@@ -18,8 +18,8 @@ A run that was asked to stop (SIGTERM, SIGUSR1) saves and exits with REQUEUE_EXI
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -94,6 +94,27 @@ class LRSchedule(Enum):
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
+    wsd = "wsd"
+
+
+class OptimizerName(Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
+class Positions(Enum):
+    learned = "learned"
+    rotary = "rotary"
+
+
+class Activation(Enum):
+    gelu = "gelu"
+    relu2 = "relu2"
+
+
+class Norm(Enum):
+    layer = "layer"
+    rms = "rms"
 
 
 class ActivationCheckpointing(Enum):
@@ -134,29 +155,67 @@ class ModelConfig:
     """The embedding's rows are rounded up to a multiple of this for speed; the padding is never target nor sample."""
     dropout: float = 0.0
     """Probability of zeroing, for embeddings, attention and residuals."""
+    positions: Positions = Positions.learned
+    """learned: a vector for each place, added to the token's; rotary: queries and keys are turned by an angle that
+    grows with their place (Su et al. 2021, "RoFormer")."""
+    activation: Activation = Activation.gelu
+    """Of the MLP. gelu: in its tanh form; relu2: the square of what is above 0 (So et al. 2021, "Primer")."""
+    norm: Norm = Norm.layer
+    """layer: layer norm with gains; rms: division by the root mean square, with nothing to learn."""
+    biases: bool = True
+    """Linear layers and layer norms add a learned vector."""
+    qk_norm: bool = False
+    """Queries and keys are divided by their root mean square (Henry et al. 2020, "Query-Key Normalization")."""
+    embedding_norm: bool = False
+    """The norm also stands between the embedding and the first block."""
+    tied_head: bool = True
+    """The embedding is the output matrix too; false: that is a matrix of its own, `lm_head`."""
+    zero_projections: bool = False
+    """What writes into the residual stream, and a head of its own, start at zero: at first a block changes nothing."""
+    logit_softcap: float = 0.0
+    """Logits z become s·tanh(z/s) for this s (Gemma Team 2024, "Gemma 2"); 0: they stay."""
 
     @property
     def padded_vocabulary(self) -> int:
         return -(-self.vocabulary // self.pad_vocabulary_to) * self.pad_vocabulary_to
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain words and numbers, as state.json keeps them."""
+        return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> ModelConfig:
+        """What `to_json` gave; a setting that was not there yet is as in 2019, its default."""
+        choices: dict[str, type[Enum]] = {"positions": Positions, "activation": Activation, "norm": Norm}
+        values: dict[str, Any] = {n: choices[n](value) if n in choices else value for n, value in found.items()}
+        return cls(**values)
+
 
 def parameter_count(config: ModelConfig, *, padded: bool = False) -> int:
-    """Trainable numbers of a model, the shared embedding counted once; `padded`: with the embedding's padding rows.
+    """Trainable numbers of a model, a shared embedding counted once; `padded`: with the embedding's padding rows.
 
-    A block holds 12·C² weights (3·C² + C² of attention, 4·C² + 4·C² of the MLP), 9·C biases and 4·C of layer norms.
+    A block holds 12·C² weights (3·C² + C² of attention, 4·C² + 4·C² of the MLP), 9·C biases of its linear layers, and
+    2·C gains and 2·C biases of layer norms; the last norm has C of each.
     """
-    c = config.channels
+    c, layers = config.channels, config.layers
     vocabulary = config.padded_vocabulary if padded else config.vocabulary
-    return (vocabulary + config.context) * c + config.layers * (12 * c * c + 13 * c) + 2 * c
+    outside = vocabulary * c * (1 if config.tied_head else 2)
+    outside += config.context * c if config.positions is Positions.learned else 0
+    norms = 2 * layers + 1 if config.norm is Norm.layer else 0
+    if config.embedding_norm and config.norm is Norm.layer:
+        norms += 1
+    biases = layers * 9 * c + norms * c if config.biases else 0
+    return outside + layers * 12 * c * c + norms * c + biases
 
 
 def flops_per_token(config: ModelConfig) -> int:
     """Floating-point operations of training on one token, forward and backward, at full context.
 
     6 for each parameter, and 12·layers·channels·context for attention scores and their use; the causal half is not
-    taken off (Chowdhery et al. 2022, "PaLM", appendix B).
+    taken off (Chowdhery et al. 2022, "PaLM", appendix B). An embedding beside a head of its own multiplies nothing.
     """
-    return 6 * parameter_count(config) + 12 * config.layers * config.channels * config.context
+    parameters = parameter_count(config) - (0 if config.tied_head else config.vocabulary * config.channels)
+    return 6 * parameters + 12 * config.layers * config.channels * config.context
 
 
 @dataclass
@@ -188,6 +247,19 @@ class OptimizerConfig:
     warmup_steps: int = -1
     """Steps of linear warm-up; -1: 700, and in a run of under 7,000 steps a tenth of them."""
     schedule: LRSchedule = LRSchedule.cosine
+    """From the warm-up's end to the last step: cosine, linear, constant, or wsd: constant, then a straight line down
+    over the last `cooldown` of the run (Hu et al. 2024, "MiniCPM", section 4)."""
+    cooldown: float = 0.4
+    """Part of the run that schedule=wsd takes to come down."""
+    name: OptimizerName = OptimizerName.adamw
+    """muon: the matrices of the blocks get the orthogonalized momentum of Jordan et al. 2024, "Muon", scaled so that
+    `lr` and `weight_decay` mean what they mean for AdamW (Liu et al. 2025, "Muon is Scalable for LLM Training"); all
+    else gets AdamW."""
+    muon_momentum: float = 0.95
+    embedding_lr_ratio: float = 1.0
+    """Learning rate of the embeddings over `lr`."""
+    head_lr_ratio: float = 1.0
+    """Learning rate of a head of its own over `lr`."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

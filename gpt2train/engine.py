@@ -18,13 +18,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2train.config import Compile, Offload, Precision, TrainConfig, micro_batch, parameter_count
-from gpt2train.distributed import World
+from gpt2train.config import Compile, Offload, OptimizerName, Precision, TrainConfig, micro_batch, parameter_count
+from gpt2train.distributed import World, all_rows
 from gpt2train.model import GPT, Block
-from gpt2train.optim import adamw
+from gpt2train.optim import is_muon, make_optimizer
+from gpt2train.optimizers.muon import Muon, share_whole
+from gpt2train.optimizers.sharing import Part, Sharing, matrices_of
 
 BUCKETS = 8
 """Parts that the gradients are reduced in, so that all but the last overlap with the backward pass. DeepSpeed's default
@@ -67,6 +70,8 @@ def deepspeed_config(config: TrainConfig, world_size: int, *, on_gpu: bool = Tru
         if config.zero.offload is Offload.parameters:
             made["zero_optimization"]["offload_param"] = there
         made["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW; DeepSpeed's would be compiled for minutes
+    if config.optimizer.name is OptimizerName.muon:
+        made["zero_allow_untested_optimizer"] = True  # DeepSpeed knows its own Muon, not ours
     if bf16:
         made["data_types"] = {"grad_accum_dtype": config.zero.accumulate.value}
     return _merge(made, config.deepspeed.extra)
@@ -103,6 +108,8 @@ def build(config: TrainConfig, world: World) -> Any:
         document_mask=config.data.document_mask,
         reset_positions=config.data.reset_positions,
     ).to(world.device)
+    shapes = {name: (p.shape[0], p.shape[1]) for name, p in model.named_parameters() if is_muon(name, p.ndim)}
+    dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
     if config.compile is Compile.blocks:
         for block in model.h:
@@ -114,14 +121,60 @@ def build(config: TrainConfig, world: World) -> Any:
     with contextlib.redirect_stdout(io.StringIO()):  # BF16_Optimizer prints memory figures whatever the log level
         engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(model, config.optimizer, world.device),
+            optimizer=make_optimizer(model, config.optimizer, world.device, dtype),
             config=deepspeed_config(config, world.size, on_gpu=world.device.type == "cuda"),
             dist_init_required=False,
         )
+    inner = _inner(engine)
+    if isinstance(inner, Muon):
+        _share_matrices(engine, inner, shapes, world)
     if config.compile is Compile.model:
         engine.compile()
     engine.train()
     return engine
+
+
+def _share_matrices(engine: Any, muon: Muon, shapes: dict[str, tuple[int, int]], world: World) -> None:
+    """Tells Muon what lies where in the flat tensors that DeepSpeed made of its parameters; all ranks together.
+
+    `shapes` are those before DeepSpeed split the parameters, by name.
+    """
+    if _is_plain(engine):
+        share_whole(muon, engine.module.named_parameters())
+        return
+    parameters = {name: p for name, p in engine.module.named_parameters() if name in shapes}
+    held: list[tuple[Tensor, list[str], list[Part]]] = []
+    split = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    if split is None:  # ZeRO 1 and 2: one flat tensor for the group
+        (flat,) = (tensor for group in muon.param_groups if group["muon"] for tensor in group["params"])
+        parts = []
+        for place, parameter in enumerate(parameters.values()):
+            if (found := parameter._hp_mapping) is not None:
+                of_parameter, of_flat = found.lp_fragment_address, found.hp_fragment_address
+                parts.append(Part(place, of_parameter.start, of_parameter.numel, of_flat.start))
+        held.append((flat, list(parameters), parts))
+    else:  # ZeRO 3: one for each of DeepSpeed's sub-groups, and of each parameter an equal piece on every rank
+        for flat, group in zip(split, engine.optimizer.fp16_groups, strict=True):
+            ids = {id(parameter) for parameter in group}
+            names = [name for name, parameter in parameters.items() if id(parameter) in ids]
+            parts = []
+            for place, name in enumerate(names):
+                parameter = parameters[name]
+                piece = parameter.ds_tensor.numel()  # the last ones are padded
+                numbers = min(max(parameter.ds_numel - world.rank * piece, 0), piece)
+                _, offset, _ = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+                parts.append(Part(place, world.rank * piece, numbers, offset))
+            if names:
+                held.append((flat, names, parts))
+    for flat, names, parts in held:
+        row = np.array([[p.parameter, p.start, p.numbers, p.offset] for p in parts], dtype=np.int64).reshape(-1, 4)
+        # Rows of one length for all ranks: a rank that holds no part of a parameter has one of no numbers.
+        table = np.zeros((len(names), 4), dtype=np.int64)
+        table[row[:, 0]] = row
+        answers = [np.frombuffer(answer, dtype=np.int64).reshape(-1, 4) for answer in all_rows(world, table.tobytes())]
+        of_all = [[Part(place, *map(int, entry[1:])) for place, entry in enumerate(answer)] for answer in answers]
+        matrices = matrices_of(names, [shapes[name] for name in names])
+        muon.sharing[flat] = Sharing(matrices, of_all, world.rank)
 
 
 def _skip_shared_memory_op() -> None:
@@ -164,8 +217,10 @@ def _import_muon() -> None:
         compiler.compile = at_once
 
 
-def state_tensors(engine: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+def state_tensors(engine: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor | None]]:
     """(name, fp32 weight, exp_avg, exp_avg_sq) of every parameter, whole; all ranks must run through it together.
+
+    Muon keeps one moment of its parameters, exp_avg; the other is None.
 
     Each tensor may be DeepSpeed's own or a buffer that is used again: copy what is to be kept.
     """
@@ -175,43 +230,45 @@ def state_tensors(engine: Any) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
     for name, parameter in engine.module.named_parameters():
         if _is_plain(engine):
             state = engine.optimizer.state[parameter]
-            yield name, parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
+            yield name, parameter.detach(), state["exp_avg"], state.get("exp_avg_sq")
         else:
             yield (
                 name,
                 safe_get_full_fp32_param(parameter),
                 safe_get_full_optimizer_state(parameter, "exp_avg"),
-                safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
+                None if _is_muon(engine, name, parameter) else safe_get_full_optimizer_state(parameter, "exp_avg_sq"),
             )
 
 
 @torch.no_grad()
-def load_state_tensors(engine: Any, read: Callable[[str], tuple[Tensor, Tensor, Tensor]], step: int) -> None:
+def load_state_tensors(engine: Any, read: Callable[[str], tuple[Tensor, Tensor, Tensor | None]], step: int) -> None:
     """Writes what `state_tensors` gave, at any ZeRO stage and world size, after `step` updates; on all ranks together.
 
-    `read(name)` gives fp32 weight, exp_avg and exp_avg_sq on any device. The low-precision weights are written too, as
-    an update would: the next loss is that of the loaded model.
+    `read(name)` gives fp32 weight, exp_avg and exp_avg_sq (None, or not looked at, for Muon's) on any device. The
+    low-precision weights are written too, as an update would: the next loss is that of the loaded model.
     """
     _make_optimizer_state(engine, step=step)
     for name, parameter in engine.module.named_parameters():
-        weight, exp_avg, exp_avg_sq = (tensor.to(engine.device) for tensor in read(name))
+        weight, *found = (tensor.to(engine.device) for tensor in read(name) if tensor is not None)
+        names = ("exp_avg",) if _is_muon(engine, name, parameter) else ("exp_avg", "exp_avg_sq")
+        moments = dict(zip(names, found, strict=False))
+        assert len(moments) == len(names), f"{name}: the run's optimizer is part of its identity (claim.py)"
         if _is_plain(engine):
-            state = engine.optimizer.state[parameter]
-            state["exp_avg"].copy_(exp_avg)
-            state["exp_avg_sq"].copy_(exp_avg_sq)
+            for kind, moment in moments.items():
+                engine.optimizer.state[parameter][kind].copy_(moment)
             parameter.copy_(weight)
         elif hasattr(parameter, "ds_id"):
-            _load_partitioned(parameter, weight, exp_avg, exp_avg_sq)
+            _load_partitioned(parameter, weight, moments)
         else:
             from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
             safe_set_full_fp32_param(parameter, weight)
-            safe_set_full_optimizer_state(parameter, exp_avg, "exp_avg")
-            safe_set_full_optimizer_state(parameter, exp_avg_sq, "exp_avg_sq")
+            for kind, moment in moments.items():
+                safe_set_full_optimizer_state(parameter, moment, kind)
             parameter.copy_(weight)
 
 
-def _load_partitioned(parameter: Any, weight: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+def _load_partitioned(parameter: Any, weight: Tensor, moments: dict[str, Tensor]) -> None:
     """ZeRO 3: this rank's part of the fp32 state, then the low-precision weight on all ranks."""
     import deepspeed
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
@@ -225,8 +282,8 @@ def _load_partitioned(parameter: Any, weight: Tensor, exp_avg: Tensor, exp_avg_s
         return flat[rank * part : (rank + 1) * part]
 
     safe_set_local_fp32_param(parameter, mine(weight))
-    safe_set_local_optimizer_state(parameter, mine(exp_avg), "exp_avg")
-    safe_set_local_optimizer_state(parameter, mine(exp_avg_sq), "exp_avg_sq")
+    for kind, moment in moments.items():
+        safe_set_local_optimizer_state(parameter, mine(moment), kind)
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         parameter.copy_(weight)
 
@@ -244,7 +301,7 @@ class Guard:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._optimizer = engine.optimizer if _is_plain(engine) else engine.optimizer.optimizer
+        self._optimizer = _inner(engine)
         self._update = self._optimizer.step
         self._optimizer.step = self._step
         self._norm = self._largest = math.inf
@@ -291,14 +348,24 @@ def _is_plain(engine: Any) -> bool:
     return isinstance(engine.optimizer, torch.optim.Optimizer)
 
 
+def _inner(engine: Any) -> Any:
+    """torch's optimizer, or ours, within DeepSpeed's."""
+    return engine.optimizer if _is_plain(engine) else engine.optimizer.optimizer
+
+
+def _is_muon(engine: Any, name: str, parameter: Any) -> bool:
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves a flat rest
+    return isinstance(_inner(engine), Muon) and is_muon(name, len(shape))
+
+
 def _make_optimizer_state(engine: Any, step: int | None) -> None:
-    """Adam's entries where they are not yet, as its first update would make them; `step` updates where it is given.
+    """The optimizer's entries where they are not yet, as the first update would make them; `step` updates where given.
 
     DeepSpeed splits and flattens parameters, so the entries belong to its own tensors. ZeRO 1 and 2 tie parameters to
     entries after the first update, but only those of the first group: they are tied again here.
     """
     optimizer = engine.optimizer
-    inner = optimizer if _is_plain(engine) else optimizer.optimizer
+    inner = _inner(engine)
     owned = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
     if owned is None:
         owned = [tensor for group in inner.param_groups for tensor in group["params"]]
@@ -306,10 +373,11 @@ def _make_optimizer_state(engine: Any, step: int | None) -> None:
     for tensor in owned:
         state = inner.state[tensor]
         if "exp_avg" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
+            if not (isinstance(inner, Muon) and tensor in inner.sharing):
+                state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device if on_device else "cpu")
+                state["exp_avg_sq"] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
             state["exp_avg"] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
-            state["exp_avg_sq"] = torch.zeros_like(tensor, memory_format=torch.preserve_format).detach()
-        if step is not None:
+        if step is not None and "step" in state:
             state["step"].fill_(float(step))
     if hasattr(optimizer, "_hp_optimizer_states_linked"):
         optimizer._hp_optimizer_states_linked = False

@@ -188,7 +188,7 @@ def evaluate(config: EvaluateCommandConfig) -> int:
             [f"run={config.run}: its {model.config.vocabulary} tokens are fewer than GPT-2's {VOCABULARY}; train anew"]
         )
     tokenizer = load_tokenizer()
-    results: dict[str, Any] = {"model": asdict(model.config), "source": source.name}
+    results: dict[str, Any] = {"model": model.config.to_json(), "source": source.name}
     if not hugging_face:
         state = checkpoint.read_state(source)
         results |= {"step": state["step"], "tokens_trained": state["tokens"]}

@@ -1,7 +1,8 @@
-"""What AdamW gets: which parameters decay, and the learning rate of a step.
+"""The optimizer: which parameters decay, which are Muon's, and the learning rate of a step.
 
 Flows in: a model and the settings. Flows out: torch's own AdamW, fused where the device has it (no compiler is needed),
-and a learning rate that is a function of the step alone, so that a resumed run needs no scheduler state.
+or Muon beside it; and a learning rate that is a function of the step alone, so that a resumed run needs no scheduler
+state.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt2train.config import LRSchedule, OptimizerConfig
+from gpt2train.config import LRSchedule, OptimizerConfig, OptimizerName
+from gpt2train.optimizers.muon import Muon
 
 SHORT_RUN_WARMUP = 10
 """A warm-up that is left to us takes at most one part in this many of the run."""
@@ -22,26 +24,65 @@ DEFAULT_WARMUP_STEPS = 700
 """About 375 million tokens at 524,288 a step, the warm-up of Brown et al. 2020 (GPT-3), appendix B."""
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Named parameters → two groups for AdamW: matrices (embeddings too) decay; biases and gains do not."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for _, parameter in parameters:
-        if parameter.requires_grad:
-            (matrices if parameter.ndim >= 2 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Named parameters → groups: matrices (embeddings too) decay; biases and gains do not.
+
+    Embeddings and a head stand apart where they have a learning rate of their own; for Muon the blocks' matrices do.
+    A group holds `lr_ratio`, its learning rate over that of the schedule, and `muon` where it is for Muon.
+    """
+    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        if not parameter.requires_grad:
+            continue
+        ratio = 1.0
+        if name in ("wte.weight", "wpe.weight"):
+            ratio = config.embedding_lr_ratio
+        elif name == "lm_head.weight":
+            ratio = config.head_lr_ratio
+        muon = config.name is OptimizerName.muon and is_muon(name, parameter.ndim)
+        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        group = {"params": [], "weight_decay": decay, "lr_ratio": ratio}
+        if config.name is OptimizerName.muon:
+            group["muon"] = muon
+        groups.setdefault((parameter.ndim >= 2, ratio, muon), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def is_muon(name: str, dimensions: int) -> bool:
+    """Whether Muon is for this parameter: a matrix between hidden layers, so neither embedding nor head."""
+    return name.startswith("h.") and dimensions == 2
+
+
+def make_optimizer(
+    model: nn.Module, config: OptimizerConfig, device: torch.device, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """What `config.name` says, over the groups of `parameter_groups`; Muon orthogonalizes its matrices in `dtype`."""
+    if config.name is OptimizerName.adamw:
+        return adamw(model, config, device)
+    return Muon(
+        parameter_groups(model.named_parameters(), config),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        momentum=config.muon_momentum,
+        dtype=dtype,
+        fused=_fused(device),
+    )
 
 
 def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over `model`, with the groups of `parameter_groups`."""
-    fused = device.type in ("cpu", "cuda") and "fused" in inspect.signature(torch.optim.AdamW).parameters
     return torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), config.weight_decay),
+        parameter_groups(model.named_parameters(), config),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
-        fused=fused,
+        fused=_fused(device),
     )
+
+
+def _fused(device: torch.device) -> bool:
+    return device.type in ("cpu", "cuda") and "fused" in inspect.signature(torch.optim.AdamW).parameters
 
 
 def warmup_steps(config: OptimizerConfig, steps: int) -> int:
@@ -65,12 +106,14 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
         height = 1.0
     elif config.schedule is LRSchedule.linear:
         height = 1.0 - progress
+    elif config.schedule is LRSchedule.wsd:
+        height = min(max((steps - step) / (config.cooldown * steps), 0.0), 1.0)
     else:
         height = 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * height)
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], lr: float) -> None:
-    """Gives `lr` to every parameter group of an optimizer."""
+    """Gives every parameter group of an optimizer its part of `lr`."""
     for group in groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_ratio", 1.0)

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -326,7 +326,7 @@ def _save(
         "tokens": step * config.batch.sequences * config.model.context,
         "updates": rule.updates(step),
         "validation_loss": validation_loss,
-        "model": asdict(config.model),
+        "model": config.model.to_json(),
         "identity": claim.identity(config, run.shards.fingerprint),
         "schedule": {
             "kind": config.optimizer.schedule.value,

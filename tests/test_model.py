@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from data_pipeline.tokenizer import END_OF_TEXT
-from gpt2train import model as model_module
+from gpt2train.network import loss as loss_module
 from gpt2train.config import ActivationCheckpointing, ModelConfig, flops_per_token, parameter_count
 from gpt2train.model import GPT, KeyValueCache
 
@@ -97,7 +97,7 @@ def test_logits_loss_and_gradients_equal_transformers() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 50, 72, 1000])
 def test_chunks_of_the_loss_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(model_module, "LOSS_CHUNK_POSITIONS", chunk)
+    monkeypatch.setattr(loss_module, "CHUNK_POSITIONS", chunk)
     model = randomized(TINY)
     x = tokens(TINY, 3, TINY.context + 1)
     loss = model(x[:, :-1], x[:, 1:])

@@ -29,7 +29,7 @@ from gpt2train.run_folder import (
 
 def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:
     """README.md of the checkpoint in `checkpoint`, whose state.json is `state`."""
-    model = ModelConfig(**state["model"])
+    model = ModelConfig.from_json(state["model"])
     step, tokens = int(state["step"]), int(state["tokens"])
     run_dir = run_dir_of(checkpoint)
     config = _config(run_dir)

@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def export_run(config: ExportConfig) -> int:
     _refuse_occupied(target)
     source = checkpoint.resolve(config.run)
     state = checkpoint.read_state(source)
-    model = ModelConfig(**state["model"])
+    model = ModelConfig.from_json(state["model"])
     weights = to_hf_state(checkpoint.read_weights(source), model)
     with _folder_beside(target) as folder:
         _write_json(folder / "config.json", hf_config(model))

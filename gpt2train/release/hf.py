@@ -264,7 +264,7 @@ def read_model(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     if is_hf_folder(path):
         return read_hf_folder(path)
     folder = checkpoint.resolve(path)
-    return ModelConfig(**checkpoint.read_state(folder)["model"]), checkpoint.read_weights(folder)
+    return ModelConfig.from_json(checkpoint.read_state(folder)["model"]), checkpoint.read_weights(folder)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:

@@ -1,0 +1,7 @@
+"""The parts of the network that are more than a line of torch; `model` puts them together.
+
+The rooms:
+
+    attention   causal self-attention: heads, rotary positions, the cache of keys and values, the document mask
+    loss        the output matrix and the cross-entropy in one, without the logits
+"""

@@ -1,0 +1,162 @@
+"""Causal self-attention over all heads, and what it needs: rotary positions, a cache, a mask of documents.
+
+Flows in: the residual stream of a block, normed. Flows out: what attention adds to it. Costs 4·C² weights and, beyond
+them, 4·C·T operations a token forward; the scores are never all in memory, as torch's `scaled_dot_product_attention`
+works in tiles where no mask is given.
+
+Shape letters: B sequences, T tokens of a sequence, C channels, H heads, D channels of a head (C/H), L layers, S past
+and present tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data_pipeline.tokenizer import END_OF_TEXT
+from gpt2train.config import ModelConfig
+
+ROTARY_BASE = 10_000.0
+"""Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2."""
+RMS_NORM_EPS = 1e-6
+"""Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", leave it open; this is transformers' for NanoChat,
+an architecture that a modern model can be exported to (release/nanochat.py)."""
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for decoding one token at a time.
+
+        cache = KeyValueCache(model.config, batch=2)
+        logits_BTV = model(prompt_BT, cache=cache)
+        logits_B1V = model(next_B1, cache=cache)
+
+    Room for `context` tokens is taken at once; `length` tokens of it are in use. A forward that would pass `context`
+    raises ValueError: `clear()` and feed the last tokens again. Keys are kept as attention uses them: turned to their
+    place, where positions are rotary.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int = 1,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.layers, batch, config.heads, config.context, config.channels // config.heads)
+        self.keys_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
+        self.values_LBHSD = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def clear(self) -> None:
+        """Forget all tokens; the memory stays."""
+        self.length = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Only these rows of the batch go on, in this order."""
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self.keys_LBHSD.device)
+        self.keys_LBHSD = self.keys_LBHSD.index_select(1, chosen)
+        self.values_LBHSD = self.values_LBHSD.index_select(1, chosen)
+
+    def append(self, layer: int, keys_BHTD: Tensor, values_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens of one layer behind the old ones; returns all of them, [B, H, S, D] each.
+
+        `length` moves on when the model's forward is through all layers.
+        """
+        start, stop = self.length, self.length + keys_BHTD.shape[2]
+        self.keys_LBHSD[layer, :, :, start:stop] = keys_BHTD
+        self.values_LBHSD[layer, :, :, start:stop] = values_BHTD
+        return self.keys_LBHSD[layer, :, :, :stop], self.values_LBHSD[layer, :, :, :stop]
+
+
+class Attention(nn.Module):
+    """x_BTC → what attention adds, [B, T, C].
+
+    `rotation` holds the cosines and sines of rotary positions (see `rotation`), or None; `mask_B1TT` says which keys a
+    query may see, or None: those before it and itself.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout, self.qk_norm = config.heads, config.dropout, config.qk_norm
+        self.c_attn = nn.Linear(config.channels, 3 * config.channels, bias=config.biases)
+        self.c_proj = nn.Linear(config.channels, config.channels, bias=config.biases)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        cache: KeyValueCache | None = None,
+        layer: int = 0,
+        mask_B1TT: Tensor | None = None,
+        rotation: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        B, T, C = x_BTC.shape
+        qkv_3BHTD = self.c_attn(x_BTC).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        q_BHTD, k_BHSD, v_BHSD = qkv_3BHTD.unbind(0)
+        if rotation is not None:
+            q_BHTD, k_BHSD = rotate(q_BHTD, *rotation), rotate(k_BHSD, *rotation)
+        if self.qk_norm:  # a rotation keeps the length, so it does not matter which of the two comes first
+            q_BHTD, k_BHSD = rms_norm(q_BHTD), rms_norm(k_BHSD)
+        mask = mask_B1TT
+        if cache is not None:
+            k_BHSD, v_BHSD = cache.append(layer, k_BHSD, v_BHSD)
+            if 1 < T < k_BHSD.shape[2]:
+                # Several new tokens behind old ones: `is_causal` would align the triangle with the first key.
+                S = k_BHSD.shape[2]
+                mask = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(diagonal=S - T)
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BHSD,
+            v_BHSD,
+            attn_mask=mask,
+            is_causal=mask is None and T > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y_BTC, self.dropout, self.training)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x over its root mean square along the last axis, in x's own dtype; sums of low precision are made in fp32."""
+    return F.rms_norm(x, (x.shape[-1],), eps=RMS_NORM_EPS)
+
+
+def rotation(positions: Tensor, head_channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for `rotate`: [T, D/2] for positions [T], [B, 1, T, D/2] for positions [B, T].
+
+    Pair i of a head turns by position · base^(-2i/D). The angles are fp32 whatever the model's dtype: at position 1,000
+    bf16 would be off by several radians. They are made anew in each forward pass, T·D/2 numbers, and so are no buffers
+    that a change of the model's dtype would round.
+    """
+    pairs = torch.arange(0, head_channels, 2, dtype=torch.float32, device=positions.device)
+    angles = positions[..., None].float() * ROTARY_BASE ** (-pairs / head_channels)
+    if angles.ndim == 3:
+        angles = angles[:, None]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x_BHTD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """x with channels i and i + D/2 turned as a pair, clockwise, as transformers' NanoChat has it."""
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return torch.cat((first * cosines + second * sines, second * cosines - first * sines), dim=-1)
+
+
+def document_mask(tokens_BT: Tensor) -> Tensor:
+    """Which keys a query may see, bool [B, 1, T, T]: those before it, and itself, of its own document.
+
+    `<|endoftext|>` belongs to the document that it opens, as in a sample that starts from it.
+    """
+    document_BT = (tokens_BT == END_OF_TEXT).cumsum(1)
+    T = tokens_BT.shape[1]
+    causal_TT = torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
+    return ((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT)[:, None]
+
+
+def document_positions(tokens_BT: Tensor) -> Tensor:
+    """int64 [B, T]: how far each token lies behind its document's start, or the sequence's."""
+    positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    starts_BT = torch.where(tokens_BT == END_OF_TEXT, positions_T, 0).cummax(1).values
+    return positions_T - starts_BT
