@@ -18,6 +18,7 @@ Trials done are kept in `--out`, a line each: the same command goes on where it 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -200,7 +201,7 @@ def trials(options: argparse.Namespace, run: Trials) -> Iterator[tuple[str, str,
 def tokens_to_reach(target: float, parts: Mapping[float, float]) -> float | None:
     """The part of the budget at which a straight line between two budgets' losses, over log tokens, meets `target`."""
     known = sorted(parts.items())
-    for (lower, high), (upper, low) in zip(known, known[1:], strict=False):
+    for (lower, high), (upper, low) in itertools.pairwise(known):
         if low <= target <= high:
             share = (high - target) / (high - low) if high > low else 0.0
             return math.exp(math.log(lower) + share * (math.log(upper) - math.log(lower)))
@@ -240,7 +241,8 @@ def main() -> None:
             print(f"  {name:24} {mean:.4f}{spread}  {mean - base:+.4f}")
     parts = {part: statistics.fmean(found["part of the budget"][f"modern, {part:.0%}"]) for part in BUDGETS}
     reached = tokens_to_reach(whole["gpt2"], parts | {1.0: whole["modern"]})
-    print(f"\nmodern reaches gpt2's loss with {reached:.0%} of its tokens" if reached else "\nmodern does not reach it")
+    answer = f"with {reached:.0%} of its tokens" if reached else "not at all"
+    print(f"\nmodern reaches gpt2's loss {answer}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +76,7 @@ def make_run(folder: Path, config: ModelConfig = TINY) -> Path:
     state = {
         "step": 20,
         "tokens": 5120,
-        "model": asdict(config),
+        "model": config.to_json(),
         "data": data,
         "layout": {"processes": 2, "zero_stage": 1, "precision": "fp32"},
     }

@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from data_pipeline.tokenizer import END_OF_TEXT
-from gpt2train.network import loss as loss_module
 from gpt2train.config import ActivationCheckpointing, ModelConfig, flops_per_token, parameter_count
 from gpt2train.model import GPT, KeyValueCache
+from gpt2train.network import loss as loss_module
 
 SMALL = ModelConfig()
 TINY = ModelConfig(layers=3, channels=48, heads=4, context=24, vocabulary=301)

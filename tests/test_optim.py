@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -16,8 +18,15 @@ def torch_rates(config: OptimizerConfig, steps: int) -> list[float]:
     """The same schedule out of torch's parts: LinearLR up, then CosineAnnealingLR or LinearLR down."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.lr)
     warmup = config.warmup_steps
-    if config.schedule is LRSchedule.cosine:
-        down: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+    if config.schedule is LRSchedule.wsd:
+        fall = round(steps * config.cooldown)
+        stable = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0, total_iters=1)
+        last = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, config.min_lr_ratio, total_iters=fall)
+        down: torch.optim.lr_scheduler.LRScheduler = torch.optim.lr_scheduler.SequentialLR(
+            optimizer, [stable, last], milestones=[steps - warmup - fall]
+        )
+    elif config.schedule is LRSchedule.cosine:
+        down = torch.optim.lr_scheduler.CosineAnnealingLR(
             optimizer, T_max=steps - warmup, eta_min=config.lr * config.min_lr_ratio
         )
     else:
@@ -60,12 +69,26 @@ def test_warmup_that_is_left_to_us() -> None:
 
 def test_matrices_decay_and_vectors_do_not() -> None:
     model = GPT(TINY)
-    matrices, vectors = parameter_groups(model.named_parameters(), 0.1)
+    matrices, vectors = parameter_groups(model.named_parameters(), OptimizerConfig(weight_decay=0.1))
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
     assert len(matrices["params"]) == 2 + 4 * TINY.layers
     assert all(p.ndim == 2 for p in matrices["params"])
     assert all(p.ndim == 1 for p in vectors["params"])
     assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+def test_embeddings_and_head_may_have_rates_of_their_own() -> None:
+    model = GPT(dataclasses.replace(TINY, tied_head=False))
+    config = OptimizerConfig(lr=1e-3, embedding_lr_ratio=5.0, head_lr_ratio=0.5)
+    groups = parameter_groups(model.named_parameters(), config)
+    by_rate = {(g["lr_ratio"], g["weight_decay"]): [tuple(p.shape) for p in g["params"]] for g in groups}
+    assert by_rate[5.0, 0.1] == [(128, 16), (8, 16)]
+    assert by_rate[0.5, 0.1] == [(128, 16)]
+    assert len(by_rate[1.0, 0.1]) == 4 * TINY.layers
+    assert set(by_rate) == {(5.0, 0.1), (0.5, 0.1), (1.0, 0.1), (1.0, 0.0)}
+    optimizer = adamw(model, config, torch.device("cpu"))
+    set_learning_rate(optimizer.param_groups, 2e-4)
+    assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([1e-4, 2e-4, 2e-4, 1e-3])
 
 
 def test_adamw_has_the_settings() -> None:

@@ -73,10 +73,9 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": matrices, "muon": True, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
         optimizer = Muon(groups, lr=6e-4, betas=(0.9, 0.95), eps=1e-8, momentum=0.95, dtype=torch.bfloat16)
 
-    Every tensor of a `muon` group needs an entry in `sharing`, which says what lies where in it (`share_whole`, or engine.py for
-    what DeepSpeed split).
-    `dtype` is that of the Newton-Schulz steps: they bear bf16, but what is compared
-    to 1e-5 needs fp32. State: `exp_avg` for Muon; `exp_avg`, `exp_avg_sq` and `step` for AdamW, as torch's own.
+    Every tensor of a `muon` group needs an entry in `sharing`, which says what lies where in it (`share_whole`, or
+    engine.py for what DeepSpeed split). `dtype` is that of the Newton-Schulz steps: they bear bf16, but what is
+    compared to 1e-5 needs fp32. State: `exp_avg` for Muon; `exp_avg`, `exp_avg_sq` and `step` for AdamW, as torch's.
     """
 
     def __init__(

@@ -13,8 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from gpt2train.claim import RUN
-from gpt2train.config import VOCABULARY, ConfigError, ModelConfig, TrainConfig, flops_per_token, parameter_count
+from gpt2train.config import (
+    VOCABULARY,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    OptimizerName,
+    TrainConfig,
+    flops_per_token,
+    parameter_count,
+)
 from gpt2train.evaluation import table
+from gpt2train.release import nanochat
+from gpt2train.release.hf import architecture
 from gpt2train.run_folder import (
     EVALUATION,
     IMPORTED,
@@ -41,7 +52,7 @@ def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:
     name = run_dir.name if run_dir else model.name
     imported = _imported(run_dir)
     sections = [
-        _front_matter(name, validation),
+        _front_matter(name, validation, architecture(model)),
         f"# {_escaped(name)}\n\n{_what_it_is(model, step, imported)}",
         _use(model),
         "## Training\n\n" + _rows(_training_rows(model, state, config, step, tokens)),
@@ -59,9 +70,10 @@ def _config(run_dir: Path | None) -> TrainConfig | None:
         return None
 
 
-def _front_matter(name: str, validation_loss: float | None) -> str:
+def _front_matter(name: str, validation_loss: float | None, architecture: str) -> str:
     """YAML whose strings are written as JSON, which YAML contains: no name can break out of its place."""
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- gpt2", "- gpt2train"]
+    tags = ["tags:", f"- {architecture}", "- gpt2train"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", *tags]
     if validation_loss is not None:
         lines += [
             "model-index:",
@@ -81,11 +93,21 @@ def _front_matter(name: str, validation_loss: float | None) -> str:
 
 
 def _what_it_is(model: ModelConfig, step: int, imported: Mapping[str, Any]) -> str:
+    modern = architecture(model) == nanochat.MODEL_TYPE
+    kind = "language model in the manner of GPT-2" if modern else "GPT-2 language model"
     text = (
-        f"A GPT-2 language model of {parameter_count(model):,} parameters: {model.layers} layers, "
+        f"A {kind} of {parameter_count(model):,} parameters: {model.layers} layers, "
         f"{model.channels} channels, {model.heads} heads, a context of {model.context:,} tokens "
         f"and a vocabulary of {model.vocabulary:,}."
     )
+    head = "the embedding as output matrix" if model.tied_head else "an output matrix of its own"
+    if modern:
+        text += (
+            f" Its network is not GPT-2's of 2019 but what transformers calls NanoChat, from version "
+            f"{nanochat.MIN_TRANSFORMERS} on: rotary positions, queries and keys normed, squared ReLU, "
+            f"root-mean-square norms without gains, no biases, {head}"
+        )
+        text += f", logits capped at ±{model.logit_softcap:g}." if model.logit_softcap else "."
     if imported and step:
         text += " Its training went on from imported weights, named below; what they were trained on is unknown."
     elif imported:
@@ -128,7 +150,7 @@ def _training_rows(
             ("steps planned", f"{config.steps:,}"),
             ("recipe", config.recipe),
             ("batch", f"{config.batch.sequences} sequences of {model.context:,} tokens"),
-            ("optimizer", f"AdamW, betas {o.beta1} and {o.beta2}, epsilon {o.eps}, weight decay {o.weight_decay}"),
+            ("optimizer", _optimizer(o)),
             ("learning rate", f"{o.lr}, {o.schedule.value}, down to {o.min_lr_ratio} of it"),
             ("gradient clipping", f"norm {o.clip_grad_norm}" if o.clip_grad_norm else "none"),
             ("dropout", str(model.dropout)),
@@ -138,6 +160,18 @@ def _training_rows(
     if layout := state.get("layout"):
         rows.append(("processes", f"{layout['processes']}, ZeRO stage {layout['zero_stage']}"))
     return rows
+
+
+def _optimizer(o: OptimizerConfig) -> str:
+    adamw = f"AdamW, betas {o.beta1} and {o.beta2}, epsilon {o.eps}"
+    if o.name is OptimizerName.muon:
+        adamw = f"Muon, momentum {o.muon_momentum}, for the matrices of the blocks; for all else {adamw}"
+    rates = [
+        f"{name} at {ratio} of the learning rate"
+        for name, ratio in (("embeddings", o.embedding_lr_ratio), ("the head", o.head_lr_ratio))
+        if ratio != 1
+    ]
+    return ", ".join([adamw, f"weight decay {o.weight_decay}", *rates])
 
 
 def _results(train_loss: float | None, validation_loss: float | None, evaluation: Mapping[str, Any]) -> str:

@@ -36,9 +36,10 @@ from gpt2train.config import (
     ImportConfig,
     ModelConfig,
 )
+from gpt2train.release import nanochat
 from gpt2train.release.card import model_card
 from gpt2train.release.deepspeed_files import as_gpt2, is_deepspeed_folder, read_deepspeed_folder
-from gpt2train.release.hf import hf_config, read_hf_folder, to_hf_state, weight_files
+from gpt2train.release.hf import architecture, hf_config, read_hf_folder, to_hf_state, weight_files
 from gpt2train.run_folder import IMPORTED
 
 END_OF_TEXT_TOKEN = "<|endoftext|>"
@@ -54,16 +55,21 @@ def export_run(config: ExportConfig) -> int:
     source = checkpoint.resolve(config.run)
     state = checkpoint.read_state(source)
     model = ModelConfig.from_json(state["model"])
-    weights = to_hf_state(checkpoint.read_weights(source), model)
+    try:
+        modern = architecture(model) == nanochat.MODEL_TYPE
+    except ConfigError as error:
+        raise ConfigError([f"run={config.run}: {fault}" for fault in error.faults]) from None
+    to_state, hf_settings = (nanochat.to_hf_state, nanochat.hf_config) if modern else (to_hf_state, hf_config)
+    weights = to_state(checkpoint.read_weights(source), model)
     with _folder_beside(target) as folder:
-        _write_json(folder / "config.json", hf_config(model))
+        _write_json(folder / "config.json", hf_settings(model))
         _write_json(folder / "generation_config.json", generation_config(model))
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors keeps it from all others
         if model.vocabulary >= VOCABULARY:
             _write_tokenizer(folder, model)
         (folder / "README.md").write_text(model_card(source, state), encoding="utf-8")
-        _verify(folder, weights, hf_config(model))
+        _verify(folder, weights, hf_settings(model))
     print(f"{source} → {target}: {sum(w.numel() for w in weights.values()):,} parameters", file=sys.stderr)
     return 0
 
@@ -127,7 +133,7 @@ def import_model(config: ImportConfig) -> int:
     model, step = found.model, found.state["step"]
     run_id = secrets.token_hex(8)
     with _folder_beside(target) as folder:
-        checkpoint.save(folder, step, found.tensors, found.state | {"model": asdict(model)})
+        checkpoint.save(folder, step, found.tensors, found.state | {"model": model.to_json()})
         # The run's record with no identity yet: the first `train` chooses data, batch and seed.
         claim.Claim(folder, run_id=run_id, identity={}, published=step).record()
         _write_json(folder / IMPORTED, {"run_id": run_id, "files": {file.name: _sha256(file) for file in found.files}})

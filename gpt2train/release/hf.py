@@ -1,4 +1,4 @@
-"""Our parameters ↔ those of Hugging Face transformers' GPT2LMHeadModel.
+"""Our parameters ↔ those of Hugging Face transformers' GPT2LMHeadModel, and the folders that hold them.
 
 Flows in: a folder with config.json and model.safetensors (or its sharded form), or our weights. Flows out: the same
 function in the other's layout; logits agree to rounding. transformers itself is not needed. Pickled weights
@@ -24,6 +24,7 @@ from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train import checkpoint
 from gpt2train.config import CheckpointError, ConfigError, Device, ModelConfig
 from gpt2train.model import GPT, LAYER_NORM_EPS
+from gpt2train.release import nanochat
 
 _PREFIX = "transformer."
 TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
@@ -157,7 +158,9 @@ def model_config_from_hf(found: Mapping[str, Any], name: str = "imported") -> Mo
         return value if whole else default
 
     another = "choose a GPT-2 with OpenAI's own settings"
-    require(found.get("model_type") == "gpt2", "model_type", "must be 'gpt2'", "choose a GPT-2 model")
+    require(
+        found.get("model_type") == "gpt2", "model_type", "must be 'gpt2' or 'nanochat'", "choose a model of these types"
+    )
     channels, layers, heads = size("n_embd", 768), size("n_layer", 12), size("n_head", 12)
     context, vocabulary = size("n_positions", 1024), size("vocab_size", 50_257)
     require(channels % heads == 0, "n_embd", f"must be a multiple of n_head={heads}", "mend config.json")
@@ -206,6 +209,28 @@ def is_hf_folder(path: str | Path) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
+def architecture(config: ModelConfig) -> str:
+    """`gpt2` or `nanochat`, the model type under which transformers computes the same function.
+
+    Raises ConfigError for a mixture of both, which it has no name for.
+    """
+    defaults, shown = ModelConfig(), config.to_json()
+    network = (*nanochat.NETWORK, "tied_head", "logit_softcap")
+    modern = [f"model.{name}={shown[name]}" for name in network if getattr(config, name) != getattr(defaults, name)]
+    if not modern:
+        return "gpt2"
+    missing = nanochat.differences(config)
+    if not missing:
+        return nanochat.MODEL_TYPE
+    raise ConfigError(
+        [
+            f"{', '.join(modern)}: no GPT-2, and with {', '.join(missing)} no NanoChat: transformers has no name for "
+            f"this mixture; train with the network of recipe=gpt2 or of recipe=modern to export it; `gpt2train "
+            f"generate` and `evaluate` take the run as it is"
+        ]
+    )
+
+
 def read_hf_folder(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tensor]]:
     """(ModelConfig, our weights) of a folder in Hugging Face format.
 
@@ -220,7 +245,8 @@ def read_hf_folder(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tenso
         raise CheckpointError(f"{folder / 'config.json'}: is no JSON ({error}); fetch it again") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{folder / 'config.json'}: expected a JSON object; fetch it again")
-    config = model_config_from_hf(found)
+    modern = found.get("model_type") == nanochat.MODEL_TYPE
+    config = nanochat.model_config_from_hf(found) if modern else model_config_from_hf(found)
     state: dict[str, torch.Tensor] = {}
     for file in weight_files(folder):
         try:
@@ -231,7 +257,7 @@ def read_hf_folder(path: str | Path) -> tuple[ModelConfig, dict[str, torch.Tenso
             raise CheckpointError(f"{file}: is missing, but the index names it; fetch it again") from None
         except SafetensorError as error:
             raise CheckpointError(f"{file}: is damaged ({error}); fetch it again") from None
-    return config, from_hf_state(state, config)
+    return config, nanochat.from_hf_state(state, config) if modern else from_hf_state(state, config)
 
 
 def weight_files(folder: Path) -> list[Path]:
