@@ -12,11 +12,14 @@ from pathlib import Path
 from gpt2train.config import (
     VOCABULARY,
     ActivationCheckpointing,
+    AttentionKernel,
     Compile,
     EvaluateCommandConfig,
     ExportConfig,
     FaultAction,
+    LossKernel,
     Offload,
+    OptimizerName,
     Positions,
     Precision,
     TrainConfig,
@@ -154,7 +157,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         require(value >= 0, name, value, "must be 0 or more", "leave it out")
     require(c.evaluate.sequences > 0, "evaluate.sequences", c.evaluate.sequences, "must be above 0", "leave it out")
     require(c.logging.every_steps > 0, "logging.every_steps", c.logging.every_steps, "must be above 0", "leave it out")
-    faults += _faults_of_recipe(c) + _faults_of_extras(c) + _faults_of_remote(c)
+    faults += _faults_of_recipe(c) + _faults_of_kernels(c) + _faults_of_extras(c) + _faults_of_remote(c)
     require(
         c.distributed.timeout_s >= 1,
         "distributed.timeout_s",
@@ -196,6 +199,11 @@ def _faults_of_recipe(c: TrainConfig) -> list[str]:
     for name in ("embedding_lr_ratio", "head_lr_ratio"):
         if not 0 < getattr(o, name) < float("inf"):
             faults.append(f"optimizer.{name}={getattr(o, name)}: must be above 0; leave it out")
+    if o.name is OptimizerName.muon and c.zero.offload is not Offload.none:
+        faults.append(
+            f"optimizer.name=muon: its matrices come together on the GPUs, zero.offload={c.zero.offload.value} keeps "
+            f"them off; give zero.offload=none or optimizer.name=adamw"
+        )
     if o.head_lr_ratio != 1 and m.tied_head:
         faults.append(
             f"optimizer.head_lr_ratio={o.head_lr_ratio}: the head is the embedding; give model.tied_head=false or "
@@ -209,6 +217,35 @@ def _faults_of_recipe(c: TrainConfig) -> list[str]:
         faults.append(
             f"model.positions=rotary: turns pairs of a head's channels, so model.channels={m.channels} must be a "
             f"multiple of 2 × model.heads={m.heads}; give another or model.positions=learned"
+        )
+    return faults
+
+
+def _faults_of_kernels(c: TrainConfig) -> list[str]:
+    k, faults = c.kernels, []
+    if k.attention is AttentionKernel.flash and c.data.document_mask:
+        faults.append(
+            "kernels.attention=flash: takes no mask, and data.document_mask=true needs one; give kernels.attention=auto"
+        )
+    if k.loss is LossKernel.triton and importlib.util.find_spec("triton") is None:
+        faults.append(
+            "kernels.loss=triton: triton is not installed, it comes with torch's CUDA build; give kernels.loss=torch"
+        )
+    if not k.fp8:
+        return faults
+    if importlib.util.find_spec("torchao") is None:
+        faults.append("kernels.fp8=true: torchao is not installed; pip install 'gpt2train[fp8]', or leave it out")
+    if c.precision is not Precision.bf16 or c.compile is Compile.none:
+        faults.append(
+            f"kernels.fp8=true: needs precision=bf16 and compile=model or blocks, not {c.precision.value} and "
+            f"{c.compile.value}; give both"
+        )
+    if c.zero.stage == 3:
+        faults.append("kernels.fp8=true: ZeRO 3 replaces the layers that it would; give zero.stage=2")
+    if c.model.channels % 16:
+        faults.append(
+            f"kernels.fp8=true: model.channels={c.model.channels} must be a multiple of 16; give model.channels="
+            f"{-(-c.model.channels // 16) * 16}"
         )
     return faults
 

@@ -135,6 +135,19 @@ class Offload(Enum):
     parameters = "parameters"
 
 
+class AttentionKernel(Enum):
+    auto = "auto"
+    flash = "flash"
+    cudnn = "cudnn"
+    efficient = "efficient"
+    math = "math"
+
+
+class LossKernel(Enum):
+    torch = "torch"
+    triton = "triton"
+
+
 class FaultAction(Enum):
     stop = "stop"
     skip = "skip"
@@ -426,6 +439,19 @@ class PlanConfig:
 
 
 @dataclass
+class KernelsConfig:
+    """Which code does the heavy work; all of it computes the same, up to rounding (`python -m benchmarks.gpu`)."""
+
+    attention: AttentionKernel = AttentionKernel.auto
+    """Of torch's `scaled_dot_product_attention`: auto, torch's own choice, or this one alone."""
+    loss: LossKernel = LossKernel.torch
+    """Softmax and gradient of the loss: torch's operations, or triton, one kernel of ours, for CUDA."""
+    fp8: bool = False
+    """Products of the blocks' matrices in fp8 (torchao, `pip install gpt2train[fp8]`); H100, H200 and newer, with
+    compile=model or blocks."""
+
+
+@dataclass
 class TrainConfig:
     """`gpt2train train`: token shards → a model; run again with the same run_dir to go on."""
 
@@ -454,6 +480,7 @@ class TrainConfig:
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none
     """What the backward pass computes again instead of keeping: nothing; what is cheap (selective: all but products of
     matrices and attention); or whole blocks (full)."""
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)

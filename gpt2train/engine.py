@@ -25,6 +25,7 @@ from torch import Tensor
 from gpt2train.config import Compile, Offload, OptimizerName, Precision, TrainConfig, micro_batch, parameter_count
 from gpt2train.distributed import World, all_rows
 from gpt2train.model import GPT, Block
+from gpt2train.network.float8 import to_float8
 from gpt2train.optim import is_muon, make_optimizer
 from gpt2train.optimizers.muon import Muon, share_whole
 from gpt2train.optimizers.sharing import Part, Sharing, matrices_of
@@ -107,7 +108,11 @@ def build(config: TrainConfig, world: World) -> Any:
         activation_checkpointing=config.activation_checkpointing,
         document_mask=config.data.document_mask,
         reset_positions=config.data.reset_positions,
+        attention_kernel=config.kernels.attention,
+        loss_kernel=config.kernels.loss,
     ).to(world.device)
+    if config.kernels.fp8:
+        to_float8(model, world.device)
     shapes = {name: (p.shape[0], p.shape[1]) for name, p in model.named_parameters() if is_muon(name, p.ndim)}
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from gpt2train.config import Activation, ActivationCheckpointing, ModelConfig, Norm, Positions
+from gpt2train.config import (
+    Activation,
+    ActivationCheckpointing,
+    AttentionKernel,
+    LossKernel,
+    ModelConfig,
+    Norm,
+    Positions,
+)
 from gpt2train.network.attention import (
     Attention,
     KeyValueCache,
@@ -107,7 +115,7 @@ class GPT(nn.Module):
 
     `activation_checkpointing`: what the backward pass computes again instead of keeping. `document_mask`: attention
     stays within a document, `reset_positions`: so do positions (see `DataConfig`); with a cache, which holds one
-    document, neither counts.
+    document, neither counts. The kernels are those of `KernelsConfig`.
     """
 
     def __init__(
@@ -118,6 +126,8 @@ class GPT(nn.Module):
         activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
         document_mask: bool = False,
         reset_positions: bool = False,
+        attention_kernel: AttentionKernel = AttentionKernel.auto,
+        loss_kernel: LossKernel = LossKernel.torch,
     ) -> None:
         super().__init__()
         self.config = config
@@ -133,6 +143,9 @@ class GPT(nn.Module):
             self.ln_f = norm(config)
             if not config.tied_head:
                 self.lm_head = nn.Linear(config.channels, config.padded_vocabulary, bias=False)
+        for block in self.h:
+            block.attn.kernel = attention_kernel
+        self.loss_kernel = loss_kernel
         self.to_empty(device="cpu")
         self.initialize(seed)
 
@@ -211,7 +224,12 @@ class GPT(nn.Module):
             logits_BTV = F.linear(x_BTC, head_PC)[..., : self.config.vocabulary]
             return softcapped(logits_BTV, self.config.logit_softcap)
         return cross_entropy(
-            x_BTC.flatten(0, 1), head_PC, targets_BT.flatten(), self.config.vocabulary, self.config.logit_softcap
+            x_BTC.flatten(0, 1),
+            head_PC,
+            targets_BT.flatten(),
+            self.config.vocabulary,
+            self.config.logit_softcap,
+            triton=self.loss_kernel is LossKernel.triton,
         )
 
     def _checkpointed(

@@ -21,7 +21,7 @@ from gpt2train.config import (
     flops_per_token,
     parameter_count,
 )
-from gpt2train.generate import sample
+from gpt2train.generation.decoding import sample
 from gpt2train.model import GPT, KeyValueCache
 from gpt2train.network.attention import rotate, rotation
 from gpt2train.network.loss import softcapped

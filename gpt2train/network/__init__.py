@@ -4,4 +4,6 @@ The rooms:
 
     attention   causal self-attention: heads, rotary positions, the cache of keys and values, the document mask
     loss        the output matrix and the cross-entropy in one, without the logits
+    loss_kernel its softmax and gradient as a Triton kernel, for CUDA
+    float8      matrix products in fp8, by torchao
 """

@@ -10,20 +10,30 @@ and present tokens.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipeline.tokenizer import END_OF_TEXT
-from gpt2train.config import ModelConfig
+from gpt2train.config import AttentionKernel, ModelConfig
 
 ROTARY_BASE = 10_000.0
 """Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2."""
 RMS_NORM_EPS = 1e-6
 """Zhang and Sennrich 2019, "Root Mean Square Layer Normalization", leave it open; this is transformers' for NanoChat,
 an architecture that a modern model can be exported to (release/nanochat.py)."""
+
+
+_BACKENDS = {
+    AttentionKernel.flash: SDPBackend.FLASH_ATTENTION,
+    AttentionKernel.cudnn: SDPBackend.CUDNN_ATTENTION,
+    AttentionKernel.efficient: SDPBackend.EFFICIENT_ATTENTION,
+    AttentionKernel.math: SDPBackend.MATH,
+}
 
 
 class KeyValueCache:
@@ -76,12 +86,13 @@ class Attention(nn.Module):
     """x_BTC → what attention adds, [B, T, C].
 
     `rotation` holds the cosines and sines of rotary positions (see `rotation`), or None; `mask_B1TT` says which keys a
-    query may see, or None: those before it and itself.
+    query may see, or None: those before it and itself. `kernel` may be set to one of torch's kernels.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.dropout, self.qk_norm = config.heads, config.dropout, config.qk_norm
+        self.kernel = AttentionKernel.auto
         self.c_attn = nn.Linear(config.channels, 3 * config.channels, bias=config.biases)
         self.c_proj = nn.Linear(config.channels, config.channels, bias=config.biases)
 
@@ -107,16 +118,24 @@ class Attention(nn.Module):
                 # Several new tokens behind old ones: `is_causal` would align the triangle with the first key.
                 S = k_BHSD.shape[2]
                 mask = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(diagonal=S - T)
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BHSD,
-            v_BHSD,
-            attn_mask=mask,
-            is_causal=mask is None and T > 1,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        with one_kernel(self.kernel):
+            y_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BHSD,
+                v_BHSD,
+                attn_mask=mask,
+                is_causal=mask is None and T > 1,
+                dropout_p=self.dropout if self.training else 0.0,
+            )
         y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y_BTC, self.dropout, self.training)
+
+
+def one_kernel(kernel: AttentionKernel) -> contextlib.AbstractContextManager[None]:
+    """Within it `scaled_dot_product_attention` has this kernel alone, and raises RuntimeError where it cannot serve."""
+    if kernel is AttentionKernel.auto:
+        return contextlib.nullcontext()
+    return sdpa_kernel(_BACKENDS[kernel])
 
 
 def rms_norm(x: Tensor) -> Tensor:

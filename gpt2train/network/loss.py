@@ -25,9 +25,14 @@ def softcapped(logits: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def cross_entropy(x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor, vocabulary: int, softcap: float = 0.0) -> Tensor:
-    """Mean nats (fp32 scalar) of `targets_N` under the softmax over the first `vocabulary` rows of `weight_PC`."""
-    loss = _ChunkedCrossEntropy.apply(x_NC, weight_PC, targets_N, vocabulary, softcap)
+def cross_entropy(
+    x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor, vocabulary: int, softcap: float = 0.0, *, triton: bool = False
+) -> Tensor:
+    """Mean nats (fp32 scalar) of `targets_N` under the softmax over the first `vocabulary` rows of `weight_PC`.
+
+    With `triton` the softmax and its gradient are one kernel of ours (loss_kernel.py); else torch's operations.
+    """
+    loss = _ChunkedCrossEntropy.apply(x_NC, weight_PC, targets_N, vocabulary, softcap, triton)
     assert isinstance(loss, Tensor)
     return loss
 
@@ -41,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor, vocabulary: int, softcap: float
+        ctx: Any, x_NC: Tensor, weight_PC: Tensor, targets_N: Tensor, vocabulary: int, softcap: float, triton: bool
     ) -> Tensor:
         needs_gradient = any(ctx.needs_input_grad)
         if torch.is_autocast_enabled(x_NC.device.type):
@@ -55,21 +60,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight_gradient_PC = torch.zeros_like(weight_PC, dtype=torch.float32)
         for start in range(0, x_NC.shape[0], CHUNK_POSITIONS):
             chunk = slice(start, start + CHUNK_POSITIONS)
-            x, targets = x_NC[chunk].to(dtype), targets_N[chunk, None]
-            logits = F.linear(x, weight).float()
-            if softcap:
-                logits = logits.div_(softcap).tanh_()
-                slope = 1.0 - logits.square() if needs_gradient else None  # of s·tanh(z/s)
-                logits = logits.mul_(softcap)
-            logits[:, vocabulary:] = float("-inf")  # exp gives exactly 0: the padding has no part in the softmax
-            log_sums = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_sums - logits.gather(1, targets)).sum()
-            if needs_gradient:
-                gradient = logits.sub_(log_sums).exp_()
-                gradient[torch.arange(len(targets), device=targets.device), targets[:, 0]] -= 1.0
-                if softcap:
-                    gradient.mul_(slope)
-                gradient = gradient.div_(x_NC.shape[0]).to(dtype)
+            x, targets = x_NC[chunk].to(dtype), targets_N[chunk]
+            logits = F.linear(x, weight)
+            if triton:
+                nats, gradient = _by_kernel(logits, targets, vocabulary, softcap, x_NC.shape[0], needs_gradient)
+            else:
+                nats, gradient = _by_torch(logits, targets, vocabulary, softcap, x_NC.shape[0], needs_gradient)
+            total += nats
+            if gradient is not None:
                 x_gradient_NC[chunk] = gradient @ weight
                 weight_gradient_PC += gradient.T @ x
         if needs_gradient:
@@ -78,6 +76,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         x_gradient_NC, weight_gradient_PC = ctx.saved_tensors
-        return x_gradient_NC * loss_gradient, weight_gradient_PC * loss_gradient, None, None, None
+        return x_gradient_NC * loss_gradient, weight_gradient_PC * loss_gradient, None, None, None, None
+
+
+def _by_torch(
+    logits: Tensor, targets: Tensor, vocabulary: int, softcap: float, count: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The chunk's nats, summed, and their gradient over `count` in the dtype of `logits`."""
+    dtype, logits = logits.dtype, logits.float()
+    slope = None
+    if softcap:
+        logits = logits.div_(softcap).tanh_()
+        slope = 1.0 - logits.square() if needs_gradient else None  # of s·tanh(z/s)
+        logits = logits.mul_(softcap)
+    logits[:, vocabulary:] = float("-inf")  # exp gives exactly 0: the padding has no part in the softmax
+    log_sums = logits.logsumexp(dim=-1, keepdim=True)
+    nats = (log_sums - logits.gather(1, targets[:, None])).sum()
+    if not needs_gradient:
+        return nats, None
+    gradient = logits.sub_(log_sums).exp_()
+    gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    if slope is not None:
+        gradient.mul_(slope)
+    return nats, gradient.div_(count).to(dtype)
+
+
+def _by_kernel(
+    logits: Tensor, targets: Tensor, vocabulary: int, softcap: float, count: int, needs_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    from gpt2train.network.loss_kernel import losses_and_gradients  # imports triton, which CPU builds of torch lack
+
+    nats = losses_and_gradients(logits, targets, vocabulary, softcap, 1 / count, needs_gradient).sum()
+    return nats, logits if needs_gradient else None

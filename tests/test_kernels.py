@@ -1,0 +1,167 @@
+"""Kernels that may be chosen: each gives the same losses and gradients, or is refused with a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2train.bounds import check
+from gpt2train.config import (
+    AttentionKernel,
+    ConfigError,
+    KernelsConfig,
+    LossKernel,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+    ZeroConfig,
+)
+from gpt2train.model import GPT
+from gpt2train.network.attention import one_kernel
+from gpt2train.network.float8 import to_float8
+
+TINY = ModelConfig(layers=2, channels=32, heads=2, context=24, vocabulary=301)
+HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def gradients(model: GPT) -> list[torch.Tensor]:
+    x = torch.randint(0, 301, (3, 25), generator=torch.Generator().manual_seed(1))
+    loss = model(x[:, :-1], x[:, 1:])
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("kernel", [AttentionKernel.flash, AttentionKernel.math])
+def test_attention_kernels_of_a_cpu_agree(kernel: AttentionKernel) -> None:
+    for one, other in zip(gradients(GPT(TINY)), gradients(GPT(TINY, attention_kernel=kernel)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # torch tells why each kernel cannot serve
+def test_the_chosen_kernel_alone_is_taken() -> None:
+    model = GPT(TINY, attention_kernel=AttentionKernel.cudnn)
+    assert {block.attn.kernel for block in model.h} == {AttentionKernel.cudnn}
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"[Nn]o available kernel|No viable backend"):
+            gradients(model)
+    with one_kernel(AttentionKernel.math):
+        assert torch.backends.cuda.math_sdp_enabled()
+        assert not torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+INTERPRETED = """
+import torch
+from torch.nn import functional as F
+from gpt2train.network import loss_kernel
+from gpt2train.network.loss import cross_entropy
+
+loss_kernel.BLOCK = 128  # several blocks a row, the last one ragged
+generator = torch.Generator().manual_seed(0)
+for softcap in (0.0, 15.0):
+    for dtype, exact in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3)):
+        x = torch.randn(7, 16, generator=generator).to(dtype).requires_grad_()
+        weight = torch.randn(384, 16, generator=generator).to(dtype).requires_grad_()
+        targets = torch.randint(0, 301, (7,), generator=generator)
+        found = []
+        for triton in (False, True):
+            x.grad = weight.grad = None
+            loss = cross_entropy(x, weight, targets, 301, softcap, triton=triton)
+            (loss * 3).backward()
+            found.append((loss.detach(), x.grad.float(), weight.grad.float()))
+        for one, other in zip(*found):
+            torch.testing.assert_close(one, other, rtol=exact, atol=exact)
+        assert not found[1][2][301:].any()
+        plain = cross_entropy(x.detach(), weight.detach(), targets, 301, softcap, triton=True)
+        torch.testing.assert_close(plain, found[0][0], rtol=exact, atol=exact)
+print("equal")
+"""
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton comes with torch's CUDA build")
+def test_the_triton_kernel_is_torch_s_loss() -> None:
+    """In Triton's interpreter, so that no GPU is needed; on one, benchmarks/gpu.py compares them."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_the_triton_kernel_on_a_gpu() -> None:
+    models = [GPT(TINY, loss_kernel=kernel).cuda() for kernel in LossKernel]
+    x = torch.randint(0, 301, (3, 25)).cuda()
+    for model in models:
+        model(x[:, :-1], x[:, 1:]).backward()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(HAS_TORCHAO, reason="torchao is installed")
+def test_fp8_without_torchao_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kernels.fp8=true: torchao cannot be imported .*pip install"):
+        to_float8(GPT(TINY), torch.device("cpu"), emulate=True)
+
+
+@pytest.mark.skipif(not HAS_TORCHAO, reason="needs pip install 'gpt2train[fp8]'")
+def test_fp8_is_the_same_model_with_fewer_digits() -> None:
+    model = GPT(dataclasses.replace(TINY, tied_head=False))
+    names = {name: p.shape for name, p in model.named_parameters()}
+    exact = gradients(model)
+    model.zero_grad()
+    to_float8(model, torch.device("cpu"), emulate=True)
+    assert {name: p.shape for name, p in model.named_parameters()} == names, "checkpoints stay"
+    assert type(model.h[1].mlp.c_fc).__name__ == "Float8Linear"
+    assert type(model.lm_head).__name__ == "Linear"
+    rounded = gradients(model)
+    assert rounded[0].item() == pytest.approx(exact[0].item(), rel=1e-2)
+    assert rounded[0].item() != exact[0].item()
+
+
+def test_fp8_needs_a_device_that_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"kernels.fp8=true: a CPU has no fp8 products; take an H100"):
+        to_float8(GPT(TINY), torch.device("cpu"))
+
+
+def test_wrong_choices_are_told_together() -> None:
+    config = TrainConfig(
+        kernels=KernelsConfig(AttentionKernel.flash, LossKernel.triton, fp8=True),
+        precision=Precision.fp32,
+        zero=ZeroConfig(3),
+        model=ModelConfig(channels=24, heads=2),
+    )
+    config.data.path, config.run_dir, config.data.document_mask = "tokens", "run", True
+    faults = "\n".join(check(config))
+    for said in (
+        "kernels.attention=flash: takes no mask",
+        "needs precision=bf16 and compile=model or blocks, not fp32 and none",
+        "ZeRO 3 replaces the layers",
+        "model.channels=24 must be a multiple of 16; give model.channels=32",
+    ):
+        assert said in faults
+    assert ("kernels.loss=triton: triton is not installed" in faults) != HAS_TRITON
+    assert ("kernels.fp8=true: torchao is not installed" in faults) != HAS_TORCHAO
