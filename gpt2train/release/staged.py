@@ -97,7 +97,7 @@ def _tell(card: Path, record: dict[str, Any]) -> None:
 
 def _size(run: str) -> dict[str, Any]:
     source = checkpoint.resolve(run)
-    model = ModelConfig(**checkpoint.read_state(source)["model"])
+    model = ModelConfig.from_json(checkpoint.read_state(source)["model"])
     name = (run_dir_of(source) or Path(run)).resolve().name
     return {"run": run, "name": name, "parameters": parameter_count(model)}
 
