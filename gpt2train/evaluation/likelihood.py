@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
-from gpt2train.model import LOSS_CHUNK_POSITIONS
+from gpt2train.network.loss import CHUNK_POSITIONS
 
 COLUMNS = ("log_likelihood", "greedy", "greedy_filtered", "last_log_likelihood", "last_greedy")
 """Of each request: the sum of ln p over its predicted tokens (nats); 1 where each is the model's first choice; 1 where
@@ -93,13 +93,13 @@ def windows(tokens: np.ndarray, *, context: int, stride: int) -> list[Request]:
 
 
 def batches(requests: Sequence[Request], *, budget: int) -> list[list[Row]]:
-    """Rows in batches of at most `budget` tokens with their padding and LOSS_CHUNK_POSITIONS logits, or of one row."""
+    """Rows in batches of at most `budget` tokens with their padding and CHUNK_POSITIONS logits, or of one row."""
     ordered = sorted(_rows(requests), key=lambda row: len(row.tokens), reverse=True)  # stable
     made: list[list[Row]] = []
     positions = 0
     for row in ordered:
         full = made and (
-            len(made[-1][0].tokens) * (len(made[-1]) + 1) > budget or positions + row.positions > LOSS_CHUNK_POSITIONS
+            len(made[-1][0].tokens) * (len(made[-1]) + 1) > budget or positions + row.positions > CHUNK_POSITIONS
         )
         if not made or full:
             made.append([])
