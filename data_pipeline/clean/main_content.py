@@ -5,10 +5,11 @@ trafilatura has to judge. Cost: 2 ms a page beside trafilatura's 25, for the fou
 
 Which pages those are was learned on one half of 1,028 pages of seven kinds with gold texts (Foley's web content
 extraction benchmark; halves by the MD5 of a page's number), and holds on the other, which had been looked at when
-coverage was found to matter, but chose no bound: docs/benchmarks-corpus.md has the figures. What decides is coverage, the share of the visible text that the main content has. Where it is small,
-resiliparse has taken a teaser, a cookie notice or a footer for the article, and loses half of F1; above `MIN_COVERAGE`
-it is even with trafilatura on articles and better on service pages and forums. Rules with more features of the page
-(counts of tags, length of lines, punctuation) gave no more that held on the other half and could be explained.
+coverage was found to matter, but chose no bound: docs/benchmarks-corpus.md has the figures. What decides is coverage,
+the share of the visible text that the main content has. Where it is small, resiliparse has taken a teaser, a cookie
+notice or a footer for the article, and loses half of F1; above `MIN_COVERAGE` it is even with trafilatura on articles
+and better on service pages and forums. Rules with more features of the page (counts of tags, length of lines,
+punctuation) gave no more that held on the other half and could be explained.
 """
 
 from __future__ import annotations
