@@ -130,7 +130,8 @@ class Wandb:
             import wandb
 
             if config.logging.wandb is WandbMode.offline:
-                files = sorted((Path(config.run_dir) / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+                # Two starts within a second have the same name but for a number behind it.
+                files = sorted((Path(config.run_dir) / "wandb").glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"))
                 self._reached = max((step for file in files for step, _ in wandb_history(file)), default=0)
             self._run = wandb.init(
                 project=config.logging.wandb_project,

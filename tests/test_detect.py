@@ -248,4 +248,4 @@ def test_texts_of_gpt2_xl_are_told_from_those_of_people() -> None:
     none = np.zeros((600, 1))
     held = classifier.held_out(people + generated, none, [False] * 300 + [True] * 300, [*range(300)] * 2, 5, 0)
     measured = roc(held.tolist(), [False] * 300 + [True] * 300)
-    assert measured["auc"] > 0.70, measured  # .747 when it was written
+    assert measured["auc"] > 0.70, measured  # .749 when it was written

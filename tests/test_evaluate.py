@@ -206,7 +206,7 @@ def run(data: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     weights = lively().state_dict()
     tensors = ((n, w, torch.zeros_like(w), torch.zeros_like(w)) for n, w in weights.items())
-    state = {"step": 40, "tokens": 1280, "model": {k: getattr(TINY, k) for k in TINY.__dataclass_fields__}}
+    state = {"step": 40, "tokens": 1280, "model": TINY.to_json()}
     checkpoint.save(folder, 40, tensors, state)
     (folder / "versions.json").write_text(json.dumps({"data": {"path": str(data)}}))
     return folder

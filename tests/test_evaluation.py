@@ -477,7 +477,7 @@ def run(tmp_path: Path) -> Path:
     model = lively()
     folder = tmp_path / "run"
     tensors = ((n, w, torch.zeros_like(w), torch.zeros_like(w)) for n, w in model.state_dict().items())
-    checkpoint.save(folder, 40, tensors, {"step": 40, "tokens": 1280, "model": dataclasses.asdict(TINY)})
+    checkpoint.save(folder, 40, tensors, {"step": 40, "tokens": 1280, "model": TINY.to_json()})
     shards = write_shards(tmp_path / "tokens", [SEEN, "Held out. " + "More words here. " * 60])
     (folder / "versions.json").write_text(json.dumps({"data": {"path": str(shards)}}))
     return folder

@@ -274,7 +274,7 @@ def test_import_makes_a_run_to_go_on_from(exported: Path, tmp_path: Path, capsys
             got, *moments = read(name)
             assert torch.equal(got, weight), name
             assert all(not m.any() and m.shape == weight.shape for m in moments)
-    assert f"train run_dir={folder} model.layers=2 model.channels=32" in capsys.readouterr().err
+    assert f"train run_dir={folder} model.name=imported model.layers=2 model.channels=32" in capsys.readouterr().err
     assert torch.equal(load_model(folder).wte.weight, lively(TINY).wte.weight)
 
 

@@ -27,6 +27,7 @@ from gpt2train.config import (
     flops_per_token,
     parameter_count,
 )
+from gpt2train.network import loss
 from gpt2train.planning import memory as planned_memory
 from gpt2train.planning.choose import applied, best, host_bytes, misfit, options, planned_ranks, with_kept
 from gpt2train.planning.forecast import forecast, utilization
@@ -65,7 +66,7 @@ def test_padding_counts_in_memory_alone(pad: int) -> None:
 
 def test_what_is_kept_equal_by_hand() -> None:
     """The plan cannot import torch, so it repeats what model.py and engine.py say."""
-    assert planned_memory.LOSS_CHUNK_POSITIONS == model.LOSS_CHUNK_POSITIONS
+    assert planned_memory.LOSS_CHUNK_POSITIONS == loss.CHUNK_POSITIONS
     mine = (planned_memory.BUCKETS, planned_memory.MIN_BUCKET, planned_memory.MAX_BUCKET)
     assert mine == (engine.BUCKETS, engine.MIN_BUCKET, engine.MAX_BUCKET)
     config = settings("model=medium")

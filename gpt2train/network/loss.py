@@ -61,11 +61,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, x_NC.shape[0], CHUNK_POSITIONS):
             chunk = slice(start, start + CHUNK_POSITIONS)
             x, targets = x_NC[chunk].to(dtype), targets_N[chunk]
-            logits = F.linear(x, weight)
-            if triton:
-                nats, gradient = _by_kernel(logits, targets, vocabulary, softcap, x_NC.shape[0], needs_gradient)
-            else:
-                nats, gradient = _by_torch(logits, targets, vocabulary, softcap, x_NC.shape[0], needs_gradient)
+            by = _by_kernel if triton else _by_torch
+            nats, gradient = by(x, weight, targets, vocabulary, softcap, x_NC.shape[0], needs_gradient)
             total += nats
             if gradient is not None:
                 x_gradient_NC[chunk] = gradient @ weight
@@ -82,10 +79,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _by_torch(
-    logits: Tensor, targets: Tensor, vocabulary: int, softcap: float, count: int, needs_gradient: bool
+    x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, softcap: float, count: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The chunk's nats, summed, and their gradient over `count` in the dtype of `logits`."""
-    dtype, logits = logits.dtype, logits.float()
+    """The chunk's nats, summed, and their gradient by the logits over `count`, in the dtype of `x`."""
+    logits = F.linear(x, weight).float()  # without a name for what `float` copies, which would keep it
     slope = None
     if softcap:
         logits = logits.div_(softcap).tanh_()
@@ -100,13 +97,14 @@ def _by_torch(
     gradient[torch.arange(len(targets), device=targets.device), targets] -= 1.0
     if slope is not None:
         gradient.mul_(slope)
-    return nats, gradient.div_(count).to(dtype)
+    return nats, gradient.div_(count).to(x.dtype)
 
 
 def _by_kernel(
-    logits: Tensor, targets: Tensor, vocabulary: int, softcap: float, count: int, needs_gradient: bool
+    x: Tensor, weight: Tensor, targets: Tensor, vocabulary: int, softcap: float, count: int, needs_gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     from gpt2train.network.loss_kernel import losses_and_gradients  # imports triton, which CPU builds of torch lack
 
+    logits = F.linear(x, weight)
     nats = losses_and_gradients(logits, targets, vocabulary, softcap, 1 / count, needs_gradient).sum()
     return nats, logits if needs_gradient else None

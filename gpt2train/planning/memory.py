@@ -30,7 +30,7 @@ from gpt2train.config import (
 
 GIB = 1 << 30
 LOSS_CHUNK_POSITIONS = 2048
-"""model.LOSS_CHUNK_POSITIONS, which cannot be imported without torch; a test holds them equal."""
+"""network.loss.CHUNK_POSITIONS, which cannot be imported without torch; a test holds them equal."""
 OVERHEAD_BYTES = 1.5 * GIB
 """CUDA's context, cuBLAS's workspace and NCCL's buffers, which no allocator of torch's counts; an allowance, to be
 replaced by a measurement."""
@@ -184,10 +184,10 @@ def reduce_bucket(config: TrainConfig) -> int:
 
 def _loss_positions(positions: int, bf16: bool) -> float:
     """Bytes for one token of the vocabulary while the loss is made: fp32 logits beside a copy that is summed up, and
-    from the second chunk on what is left of the one before."""
+    from the second chunk on the gradient of the one before, in the model's own precision."""
     chunk = min(LOSS_CHUNK_POSITIONS, positions)
     following = min(chunk, positions - chunk)
-    left = 6 * chunk + 6 * following if bf16 else 4 * chunk + 8 * following
+    left = (2 if bf16 else 4) * chunk + 8 * following
     return max(8 * chunk, left if following else 0)
 
 

@@ -1,9 +1,9 @@
 """Texts of two kinds → what tells them apart: words and pairs of words, and a model's scores, by logistic regression.
 
 Flows in: texts and their scores by a model. Flows out: a probability for each text. Features are the words and pairs of
-words, hashed into 2¹⁵ places, weighted by tf-idf and brought to length 1, as in the baseline that OpenAI published with
-GPT-2's samples (openai/gpt-2-output-dataset, detection.md), and beside them the scores, standardized. The file is an
-.npz of arrays alone: nothing in it is unpickled.
+words, hashed into 2¹⁵ places, weighted by tf-idf and brought to one length, as in the baseline that OpenAI published
+with GPT-2's samples (openai/gpt-2-output-dataset, detection.md), and beside them the scores, standardized. The file is
+an .npz of arrays alone: nothing in it is unpickled.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from scipy.sparse import csr_matrix, diags
 from gpt2train.config import ConfigError, GPT2TrainError
 
 PLACES = 1 << 15
+WORDS_LENGTH = 12.0
+"""Length of a text's words beside scores of spread 1, so that the penalty does not leave all to the scores: with 100
+texts and two scores without meaning the area under the curve was .58 at length 1, .84 at 6, .92 at 12."""
 PENALTY = 1.0
 """Of the squared weights, beside the sum of the texts' losses."""
 VERSION = 1
@@ -43,7 +46,7 @@ class Classifier:
         """float64 [texts]: how probably each was generated. `scores` is [texts, scores]."""
         words = _counts(texts) @ diags(self.rarity)
         standard = (scores - self.mean) / self.spread
-        logits = _unit(words) @ self.weights[:PLACES] + standard @ self.weights[PLACES:] + self.bias
+        logits = _scaled(words) @ self.weights[:PLACES] + standard @ self.weights[PLACES:] + self.bias
         return 1 / (1 + np.exp(-logits))
 
     def save(self, path: str) -> None:
@@ -78,7 +81,7 @@ def train(texts: Sequence[str], scores: np.ndarray, generated: Sequence[bool]) -
     """The classifier of least logistic loss and penalty; the same texts give the same one."""
     counts = _counts(texts)
     rarity = np.log((1 + len(texts)) / (1 + np.bincount(counts.indices, minlength=PLACES))) + 1
-    words = _unit(counts @ diags(rarity))
+    words = _scaled(counts @ diags(rarity))
     mean, spread = scores.mean(0), np.maximum(scores.std(0), 1e-9)
     standard = (scores - mean) / spread
     sign = np.where(np.asarray(generated, bool), 1.0, -1.0)
@@ -122,6 +125,7 @@ def _counts(texts: Sequence[str]) -> csr_matrix:
     return counts
 
 
-def _unit(rows: csr_matrix) -> csr_matrix:
+def _scaled(rows: csr_matrix) -> csr_matrix:
+    """Each text's words brought to `WORDS_LENGTH`."""
     norms = np.sqrt(np.asarray(rows.multiply(rows).sum(1)).ravel())
-    return diags(1 / np.maximum(norms, 1e-12)) @ rows
+    return diags(WORDS_LENGTH / np.maximum(norms, 1e-12)) @ rows
