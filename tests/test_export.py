@@ -164,6 +164,45 @@ def test_the_model_card(exported: Path, run: Path) -> None:
     assert str(run) not in text
 
 
+def test_the_card_tells_of_the_corpus_the_compute_and_the_audit(tmp_path: Path) -> None:
+    run, corpus = make_run(tmp_path / "run"), tmp_path / "corpus"
+    (corpus / "tokens").mkdir(parents=True)
+    split = {"tokens": 900_000, "documents": 12, "files": []}
+    (corpus / "tokens" / "manifest.json").write_text(json.dumps({"fingerprint": "f" * 64, "splits": {"train": split}}))
+    stage = {"stage": "filter", "in": 20, "kept": 12, "dropped": 8, "failed": 0, "reasons": {"too_short": 7, "x": 1}}
+    summary = {"source": "urls", "recipe": "webtext", "stages": [stage], "tokens": {"fingerprint": "f" * 64}}
+    (corpus / "summary.json").write_text(json.dumps(summary))
+    versions = json.loads((run / "versions.json").read_text())
+    versions["data"]["path"] = str(corpus / "tokens")
+    (run / "versions.json").write_text(json.dumps(versions))
+    config = TrainConfig(model=TINY, steps=20, run_dir=str(run))
+    config.cluster.watts, config.cluster.device = 700.0, "H100 SXM"
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    lines = [{"step": s, "loss": 6.0, "tokens": 256 * s, "tokens_per_s": 128.0} for s in range(1, 26)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {"checkpoint": "step_00000020", "prompt_tokens": 50, "continuation_tokens": 40,
+             "windows": {"said": 3, "tried": 500, "interval": [0.002, 0.018]},
+             "personal": {"emails": {"said": 1, "tried": 30}}}  # fmt: skip
+    (run / "audit.json").write_text(json.dumps(found))
+    export_run(ExportConfig(run=str(run), to=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "900,000 tokens of 12 documents" in text
+    assert r"20 in, 12 kept, 8 dropped, 0 failed; too\_short 7, x 1" in text
+    assert "recipe webtext" in text
+    # 20 steps of 256 tokens at 128 a second are 40 s; two processes; 700 W.
+    assert "| 0.0222 |" in text
+    assert "0.0156 kWh (700 W, H100 SXM; the rest of the machine not counted)" in text
+    assert "40 tokens said after 50 | 3 of 500 (0.20% to 1.80%)" in text
+    assert "emails in the training text, said | 1 of 30" in text
+    found["checkpoint"] = "step_00000010"
+    (run / "audit.json").write_text(json.dumps(found))
+    (corpus / "tokens" / "manifest.json").write_text(json.dumps({"fingerprint": "e" * 64, "splits": {}}))
+    export_run(ExportConfig(run=str(run), to=str(tmp_path / "other")))
+    text = (tmp_path / "other" / "README.md").read_text()
+    assert "Not looked at" in text
+    assert "the corpus is not where it was" in text
+
+
 def test_the_card_makes_nothing_up(run: Path, tmp_path: Path) -> None:
     """A checkpoint that was taken out of its run: no losses, no settings, no name."""
     alone = tmp_path / "step_00000020"

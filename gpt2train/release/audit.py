@@ -30,6 +30,7 @@ from data_pipeline.clean import personal
 from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
+from gpt2train import checkpoint
 from gpt2train.config import ConfigError, GPT2TrainError
 from gpt2train.generation.decoding import Decoding, lay_for_decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
@@ -38,9 +39,8 @@ from gpt2train.model import GPT
 from gpt2train.release.config import AuditConfig, check_audit
 from gpt2train.release.hf import choose_device, is_hf_folder, load_model
 from gpt2train.release.repeats import count_texts, count_windows, repeated_windows
-from gpt2train.run_folder import data_folder, replace_file, run_dir_of
+from gpt2train.run_folder import AUDIT, data_folder, replace_file, run_dir_of
 
-AUDIT = "audit.json"
 SHOWN = 20
 """Windows said by heart that are listed with their text and URLs."""
 MIN_PERSONAL_PROMPT_TOKENS = 5
@@ -69,6 +69,7 @@ def audit(config: AuditConfig) -> int:
     tokenizer = load_tokenizer()
     result: dict[str, Any] = {
         "run": config.run,
+        "checkpoint": None if is_hf_folder(config.run) else checkpoint.resolve(config.run).name,
         "data": {"folder": str(folder), "tokens": split.tokens},
         "prompt_tokens": config.prompt_tokens,
         "continuation_tokens": config.continuation_tokens,

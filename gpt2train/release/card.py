@@ -8,7 +8,7 @@ records give the same text.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,20 @@ from gpt2train.evaluation import table
 from gpt2train.release import nanochat
 from gpt2train.release.hf import architecture
 from gpt2train.run_folder import (
+    AUDIT,
     EVALUATION,
     IMPORTED,
     VERSIONS,
+    data_folder,
     read_json,
     read_metrics,
     read_run_config,
     run_dir_of,
     series,
 )
+
+REASONS_SHOWN = 5
+"""Reasons of a stage that the card names, the commonest first."""
 
 
 def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:
@@ -55,8 +60,11 @@ def model_card(checkpoint: Path, state: Mapping[str, Any]) -> str:
         _front_matter(name, validation, architecture(model)),
         f"# {_escaped(name)}\n\n{_what_it_is(model, step, imported)}",
         _use(model),
-        "## Training\n\n" + _rows(_training_rows(model, state, config, step, tokens)),
+        "## Training\n\n"
+        + _rows(_training_rows(model, state, config, step, tokens) + _compute_rows(metrics, state, config)),
+        "## Training data\n\n" + _rows(_data_rows(run_dir, state)),
         "## Evaluation\n\n" + _results(dict(series(metrics, "loss")).get(step), validation, evaluation),
+        "## Learned by heart\n\n" + _audit(read_json(run_dir / AUDIT) if run_dir else {}, checkpoint),
         _LIMITATIONS,
         "## What made it\n\n" + _rows(_origin_rows(state, imported, read_json(run_dir / VERSIONS) if run_dir else {})),
     ]
@@ -160,6 +168,68 @@ def _training_rows(
     if layout := state.get("layout"):
         rows.append(("processes", f"{layout['processes']}, ZeRO stage {layout['zero_stage']}"))
     return rows
+
+
+def _compute_rows(
+    metrics: Sequence[Mapping[str, Any]], state: Mapping[str, Any], config: TrainConfig | None
+) -> list[tuple[str, str]]:
+    """Hours of all processes in training steps alone, and at the rated power of the cluster's devices the energy."""
+    rates, before, seconds = dict(series(metrics, "tokens_per_s")), 0.0, 0.0
+    for step, tokens in series(metrics, "tokens"):
+        if step > int(state["step"]):
+            break
+        if rates.get(step):
+            seconds += (tokens - before) / rates[step]
+        before = tokens
+    hours = seconds / 3600 * state.get("layout", {}).get("processes", 0)
+    if not hours:
+        return []
+    rows = [("hours of all processes in steps", f"{hours:.3g}")]
+    if config is not None and config.cluster.watts:
+        rated = f"{config.cluster.watts:g} W, {config.cluster.device}; the rest of the machine not counted"
+        rows.append(("energy estimate", f"{hours * config.cluster.watts / 1000:.3g} kWh ({rated})"))
+    else:
+        rows.append(("energy estimate", "none: no cluster with a rated power was named"))
+    return rows
+
+
+def _data_rows(run_dir: Path | None, state: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the corpus says of itself, as long as it is the one that was trained on."""
+    folder, trained_on = data_folder(run_dir) if run_dir else None, state.get("data", {}).get("fingerprint")
+    manifest = read_json(folder / "manifest.json") if folder else {}
+    if folder is None or not trained_on or manifest.get("fingerprint") != trained_on:
+        return [("records", "the corpus is not where it was; its fingerprint stands below")]
+    rows = [
+        (f"{name} split", f"{split['tokens']:,} tokens of {split['documents']:,} documents")
+        for name, split in manifest["splits"].items()
+    ]
+    summary = read_json(folder.parent / "summary.json")
+    if summary.get("tokens", {}).get("fingerprint") != trained_on:
+        return rows
+    rows += [("source", str(summary.get("source"))), ("filters", f"recipe {summary.get('recipe')}")]
+    for stage in summary.get("stages", []):
+        counts = f"{stage['in']:,} in, {stage['kept']:,} kept, {stage['dropped']:,} dropped, {stage['failed']:,} failed"
+        reasons = sorted(stage.get("reasons", {}).items(), key=lambda reason: -reason[1])[:REASONS_SHOWN]
+        shown = "; " + ", ".join(f"{name} {count:,}" for name, count in reasons) if reasons else ""
+        rows.append((f"stage {stage['stage']}", counts + shown))
+    return rows
+
+
+def _audit(found: Mapping[str, Any], checkpoint: Path) -> str:
+    """What `gpt2train audit` found for this very checkpoint."""
+    if found.get("checkpoint") != checkpoint.name:
+        return "Not looked at: `gpt2train audit` was not run on this checkpoint."
+    windows = found["windows"]
+    low, high = windows["interval"]
+    rows = [
+        (
+            f"windows of the training text, {found['continuation_tokens']} tokens said after {found['prompt_tokens']}",
+            f"{windows['said']:,} of {windows['tried']:,} ({low:.2%} to {high:.2%})",
+        )
+    ]
+    for kind, part in found["personal"].items():
+        rows.append((f"{kind} in the training text, said", f"{part['said']:,} of {part['tried']:,}"))
+    return _rows(rows)
 
 
 def _optimizer(o: OptimizerConfig) -> str:
