@@ -171,7 +171,7 @@ def _training_rows(
 
 
 def _compute_rows(
-    metrics: Sequence[Mapping[str, Any]], state: Mapping[str, Any], config: TrainConfig | None
+    metrics: Sequence[dict[str, Any]], state: Mapping[str, Any], config: TrainConfig | None
 ) -> list[tuple[str, str]]:
     """Hours of all processes in training steps alone, and at the rated power of the cluster's devices the energy."""
     rates, before, seconds = dict(series(metrics, "tokens_per_s")), 0.0, 0.0
