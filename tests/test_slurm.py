@@ -28,7 +28,7 @@ from launch.words import from_words
 CPU = LaunchConfig(launcher=Launcher.slurm, gpus=Gpus.none, processes=1)
 
 
-def script(config: LaunchConfig, *jobs: Job, folder: Path = Path("/work/a run")) -> str:
+def script(config: LaunchConfig, *jobs: Job, folder: Path = Path("/srv/a run")) -> str:
     return render(config, jobs, name="a run", output=folder / "slurm-%j.out", directory=Path("/work"))
 
 
@@ -126,7 +126,7 @@ def test_options_of_the_job(tmp_path: Path) -> None:
     assert found == {
         "job-name": "a_run",
         "chdir": "/work",
-        "output": '"/work/a run/slurm-%j.out"',
+        "output": '"/srv/a run/slurm-%j.out"',
         "open-mode": "append",
         "nodes": "4",
         "ntasks-per-node": "1",
