@@ -2,7 +2,8 @@
 
 The rooms, in the order a run meets them:
 
-    config      every setting, its default and its sentence
+    config      the settings of training; each wing has those of its own commands
+    errors      what ends a command with a clear line, and its exit code
     bounds      what keeps settings from working
     compose     Hydra groups and overrides → a checked dataclass; all faults at once
     run_folder  what lies where in a run's folder

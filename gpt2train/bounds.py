@@ -14,8 +14,6 @@ from gpt2train.config import (
     ActivationCheckpointing,
     AttentionKernel,
     Compile,
-    EvaluateCommandConfig,
-    ExportConfig,
     FaultAction,
     LossKernel,
     Offload,
@@ -38,35 +36,6 @@ def run_faults(run: str) -> list[str]:
     if not whole and path.parent.name != "checkpoints":
         return [f"run={run}: holds no checkpoint; give the folder that `train` got as run_dir"]
     return []
-
-
-def check_evaluate(config: EvaluateCommandConfig) -> list[str]:
-    """All faults of `config` that a look at names and folders finds, one line each; empty when it can run."""
-    faults = run_faults(config.run)
-    for name, least in (("limit", 0), ("sequences", 0), ("stride", 1), ("batch", 1)):
-        if getattr(config, name) < least:
-            faults.append(f"{name}={getattr(config, name)}: must be at least {least}; leave it out")
-    for path in config.texts:
-        if not Path(path).is_file():
-            faults.append(f"texts={path}: there is no such file; name a text file in UTF-8")
-    measured = config.texts or config.data or config.tasks or config.harness
-    if config.run and not measured and (Path(config.run) / "config.json").is_file():
-        faults.append(
-            "data='': a Hugging Face folder has no data of its own; give data=corpus/tokens, texts=[FILE] or tasks=[…]"
-        )
-    if config.harness_path and not Path(config.harness_path).is_dir():
-        faults.append(f"harness_path={config.harness_path}: there is no such folder; give one with YAML task files")
-    if config.out and Path(config.out).exists() and not Path(config.out).is_dir():
-        faults.append(f"out={config.out}: is a file; give a folder")
-    return faults + task_faults(config.tasks, config.task_data, "tasks", "task_data", writing=True)
-
-
-def check_export(config: ExportConfig) -> list[str]:
-    """All faults of `config`, one line each; empty when it can run."""
-    faults = run_faults(config.run)
-    if not config.to:
-        faults.append("to='': must name a new folder; give to=out")
-    return faults
 
 
 def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:

@@ -36,8 +36,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from gpt2train.config import CheckpointError
 from gpt2train.distributed import World, all_rows, on_rank_zero
+from gpt2train.errors import CheckpointError
 from gpt2train.run_folder import CHECKPOINTS, checkpoint_folders, read_json
 
 FORMAT, VERSION = "gpt2train checkpoint", 1

@@ -29,9 +29,10 @@ import torch
 
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint
-from gpt2train.config import CheckpointError, ConfigError, RunExistsError, RunInUseError, TrainConfig
+from gpt2train.config import TrainConfig
 from gpt2train.data import TokenWindows
 from gpt2train.distributed import World, on_rank_zero
+from gpt2train.errors import CheckpointError, ConfigError, RunExistsError, RunInUseError
 from gpt2train.run_folder import (
     CHECKPOINTS,
     CONFIG,

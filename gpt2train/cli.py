@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from gpt2train.bounds import check, check_evaluate, check_export
+from gpt2train.bounds import check
 from gpt2train.commands.help import COMPLETION, command_help, complete, overview
 from gpt2train.commands.settings_files import expand
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
-from gpt2train.config import ConfigError
-from gpt2train.generation.config import check_generate, check_serve
+from gpt2train.errors import ConfigError
 from gpt2train.planning.choose import with_kept
 
 
@@ -86,19 +86,11 @@ def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
     """What the settings' own module knows of their bounds, before the module that works is imported."""
     if schema == "gpt2train.config:TrainConfig":
         return lambda config: check(config, world_size=_world_size())
-    if schema == "gpt2train.generation.config:GenerateConfig":
-        return check_generate
-    if schema == "gpt2train.generation.config:ServeConfig":
-        return check_serve
-    if schema.startswith("gpt2train.release.config:"):
-        module, name = schema.split(":")
-        return load(f"{module}:check_{name.removesuffix('Config').lower()}")
-    if schema == "gpt2train.config:ExportConfig":
-        return check_export
-    if schema == "gpt2train.config:EvaluateCommandConfig":
-        return check_evaluate
     if schema == "data_pipeline.config:CorpusConfig":
         return load("data_pipeline.config:check")
+    module, name = schema.split(":")
+    if re.fullmatch(r"gpt2train\.\w+\.config", module):  # of a wing: ReleaseConfig and, beside it, check_release
+        return load(f"{module}:check_{re.sub('(Command)?Config$', '', name).lower()}")
     return None
 
 

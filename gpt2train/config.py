@@ -1,76 +1,22 @@
-"""All settings of training and of what follows it: defaults, units and the sentence that explains each field.
+"""The settings of training, of `trace` and of `report`: defaults, units and the sentence that explains each field.
 
-They stand in one room that imports neither torch nor deepspeed, so that `--help`, `plan`, tab completion and the report
-of wrong settings answer at once; what keeps them from working stands in bounds.py. Files in `configs/train/` hold only
-what a model size or a recipe changes.
-
-    GPT2TrainError                exit code 1
-    ├── ConfigError               2   settings that cannot work; all of them, together
-    ├── RunExistsError            2   starting from nothing over an existing run, without the explicit word
-    ├── RunInUseError             3   another process owns the run folder
-    ├── RemoteError               4   the last checkpoint could not be copied to checkpoint.remote; it is intact here
-    ├── CheckpointError           5   no whole checkpoint where one was asked for
-    ├── NonFiniteError            6   a loss or gradient is not finite; the update was not made
-    └── PeerError                 7   a rank died or stopped; the cause is named
-
-A run that was asked to stop (SIGTERM, SIGUSR1) saves and exits with REQUEUE_EXIT_CODE.
+Neither torch nor deepspeed is imported here, so that `--help`, `plan`, tab completion and the report of wrong settings
+answer at once; what keeps them from working stands in bounds.py. Files in `configs/train/` hold only what a model size
+or a recipe changes. The settings of what follows training stand in the config.py of the wing they are for:
+`evaluation/`, `generation/`, `release/`, and `planning/`, whose first two are part of a run's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-REQUEUE_EXIT_CODE = 85
-"""Exit code of a run that saved and stopped because it was told to; start it again and it goes on."""
+from gpt2train.planning.config import ClusterConfig, PlanConfig
 
 VOCABULARY = 50_257
 """Tokens of the GPT-2 BPE, `<|endoftext|>` (50,256) included."""
-
-
-class GPT2TrainError(Exception):
-    """Ends the command with `exit_code` and one clear line; a traceback is for bugs only."""
-
-    exit_code = 1
-
-
-class ConfigError(GPT2TrainError):
-    """Settings that cannot work: `faults` holds one line each (field, value, bound, remedy)."""
-
-    exit_code = 2
-
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = list(faults)
-        super().__init__(self.faults)  # as its arguments, so that it comes whole through a pickle from a worker
-
-    def __str__(self) -> str:
-        return "\n".join(self.faults)
-
-
-class RunExistsError(GPT2TrainError):
-    exit_code = 2
-
-
-class RunInUseError(GPT2TrainError):
-    exit_code = 3
-
-
-class RemoteError(GPT2TrainError):
-    exit_code = 4
-
-
-class CheckpointError(GPT2TrainError):
-    exit_code = 5
-
-
-class NonFiniteError(GPT2TrainError):
-    exit_code = 6
-
-
-class PeerError(GPT2TrainError):
-    exit_code = 7
 
 
 class Precision(Enum):
@@ -392,53 +338,6 @@ class DistributedConfig:
 
 
 @dataclass
-class ClusterConfig:
-    """What a run is planned for; `cluster=8xh100` takes one of configs/cluster/."""
-
-    name: str = ""
-    """Name of the cluster in force; empty: none, so no plan but for what this machine shows."""
-    nodes: int = 1
-    gpus: int = 1
-    """GPUs of one node; on a CPU, processes."""
-    device: str = ""
-    """What one of them is."""
-    on_gpu: bool = True
-    memory_bytes: float = 0.0
-    """Of one GPU, or of a CPU's whole machine."""
-    peak_bf16_flops: float = 0.0
-    """Dense, with fp32 accumulation, FLOP/s of one GPU."""
-    peak_fp32_flops: float = 0.0
-    mfu: float = 0.0
-    """Model FLOPs utilization that is assumed where none was measured or stated."""
-    mfu_source: str = ""
-    link_bytes_per_s: float = 0.0
-    """From one GPU to the others, in one direction."""
-    watts: float = 0.0
-    """Rated power of one GPU."""
-    gpu_hour_price: float = 0.0
-    """What one GPU costs an hour, in the currency of your choice; 0: unknown, and no cost is told."""
-
-
-@dataclass
-class PlanConfig:
-    """How a run is planned: memory, speed, cost."""
-
-    apply: bool = False
-    """Take batch.micro, zero.stage and activation_checkpointing from the plan: the fastest that fit. What is given
-    beside it stays as given."""
-    keep: list[str] = field(default_factory=list)
-    """Of these three, those that stay as they are; the command line's are added by themselves."""
-    mfu: float = 0.0
-    """Model FLOPs utilization to plan with; 0: the measured one, else the cluster's."""
-    measured: str = ""
-    """Run folder, or a JSON file of a benchmark, whose measured utilization is planned with."""
-    tokens: int = 0
-    """Tokens to plan for where `steps` is not given; 0: 20 for each parameter (Hoffmann et al. 2022, table 3)."""
-    refuse: bool = True
-    """Refuse to start what is not going to fit in memory."""
-
-
-@dataclass
 class KernelsConfig:
     """Which code does the heavy work; all of it computes the same, up to rounding (`python -m benchmarks.gpu`)."""
 
@@ -496,70 +395,6 @@ class TrainConfig:
 
 
 @dataclass
-class EvaluateCommandConfig:
-    """`gpt2train evaluate`: a run → validation loss, perplexity of texts, and the zero-shot tasks of GPT-2's paper."""
-
-    run: str = ""
-    """Run folder, checkpoint folder, or a folder in Hugging Face format."""
-    data: str = ""
-    """Folder of token shards whose validation split is used; empty: the run's own."""
-    validation: bool = True
-    """Measure the validation loss, where there is data."""
-    texts: list[str] = field(default_factory=list)
-    """Text files to give the perplexity of (sliding window)."""
-    tasks: list[str] = field(default_factory=list)
-    """Tasks and groups of them: table3 (the paper's), reasoning, generation, all; docs/evaluation.md lists them."""
-    task_data: list[str] = field(default_factory=list)
-    """Folders that hold the tasks' files under their usual names, searched in this order; `hub`: fetch with the
-    datasets library what no folder before it has."""
-    limit: int = 0
-    """First items of each task alone, for a quick look; 0: all."""
-    contamination: bool = True
-    """Count which 8-grams of each test set the training shards hold; reads all of them, once for given data."""
-    harness: list[str] = field(default_factory=list)
-    """Tasks of lm-evaluation-harness, run by it on this model; needs `pip install gpt2train[harness]`."""
-    harness_path: str = ""
-    """Folder with task files (YAML) of lm-evaluation-harness, beside its own."""
-    sequences: int = 0
-    """Validation sequences; 0: all."""
-    stride: int = 512
-    """Step of the sliding window over a text, in tokens; at most the model's context. 1: each token sees a full
-    context, and the text costs as many passes as it has tokens."""
-    batch: int = 4
-    """Sequences of full context at once, or as many shorter ones as have as many tokens."""
-    precision: Precision = Precision.fp32
-    """Of texts and tasks: fp32, or bf16 by autocast, which is faster on a GPU and rounds."""
-    out: str = ""
-    """Folder for evaluation.json and for what makes a killed evaluation go on; empty: the run's own."""
-    again: bool = False
-    """Measure tasks anew that evaluation.json has of the same weights, data and settings."""
-    device: Device = Device.auto
-
-
-@dataclass
-class ExportConfig:
-    """`gpt2train export`: a run → a folder that transformers loads."""
-
-    run: str = ""
-    """Run folder or checkpoint folder."""
-    to: str = ""
-    """New folder: config.json, model.safetensors, tokenizer, model card."""
-
-
-@dataclass
-class ImportConfig:
-    """`gpt2train import`: a folder in Hugging Face format, or a checkpoint of DeepSpeed's → a run to train on from."""
-
-    path: str = ""
-    """Folder with config.json and model.safetensors of a GPT2LMHeadModel; or the one that a training loop gave
-    DeepSpeed's `save_checkpoint` (ZeRO 1, 2 or 3, a model with GPT-2's names), whose moments and steps come along."""
-    to: str = ""
-    """New run folder."""
-    heads: int = 0
-    """Attention heads of a DeepSpeed checkpoint's model, which does not say; 0: channels / 64, as in the paper."""
-
-
-@dataclass
 class TraceConfig:
     """`gpt2train trace`: a step → the documents and URLs that it saw; or a URL → the steps that saw it."""
 
@@ -569,25 +404,6 @@ class TraceConfig:
     """Step, counted from 1 as in metrics.jsonl."""
     url: str = ""
     """Instead of a step: this URL, exactly as the corpus's documents.parquet has it."""
-
-
-@dataclass
-class SweepConfig:
-    """`gpt2train sweep`: several values of any training setting → one run each, a table and a picture."""
-
-    out: str = ""
-    """Folder of the sweep; each trial's run folder lies in it."""
-    sizes: list[str] = field(default_factory=list)
-    """Models of a ladder, each LAYERSxCHANNELS or LAYERSxCHANNELSxHEADS; else give several with model=."""
-    rates: list[float] = field(default_factory=list)
-    """Peak learning rates that the smallest sizes are tried with, at the fewest steps; every trial then takes the rate
-    that the rule through their best ones gives its size. Empty: optimizer.lr, as given or the model's own."""
-    rate_sizes: int = 3
-    """How many of the smallest sizes the grid of `rates` is run on."""
-    forecast: str = "full"
-    """Model whose loss the law is asked for."""
-    summary_only: bool = False
-    """Run no trial; table and picture of what the trials have reached so far."""
 
 
 @dataclass

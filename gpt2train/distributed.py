@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpt2train.config import ConfigError, Device, GPT2TrainError, PeerError
+from gpt2train.config import Device
+from gpt2train.errors import ConfigError, GPT2TrainError, PeerError
 from gpt2train.planning.choose import PROCESS_BYTES, host_bytes
 
 

@@ -30,10 +30,10 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, distributed
-from gpt2train.bounds import check_evaluate
-from gpt2train.config import ConfigError, EvaluateCommandConfig
 from gpt2train.data import TokenWindows
+from gpt2train.errors import ConfigError
 from gpt2train.evaluation import likelihood, suite, table
+from gpt2train.evaluation.config import EvaluateCommandConfig, check_evaluate
 from gpt2train.evaluation.metrics import exp
 from gpt2train.model import GPT
 from gpt2train.release.hf import choose_device, is_hf_folder, load_model

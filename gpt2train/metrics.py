@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2train.config import GPT2TrainError, Precision, TrainConfig, WandbMode, flops_per_token
+from gpt2train.config import Precision, TrainConfig, WandbMode, flops_per_token
+from gpt2train.errors import GPT2TrainError
 from gpt2train.run_folder import METRICS, TENSORBOARD, read_metrics
 
 PEAK_FLOPS = {

@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # OmegaConf lets PyYAML's errors through
 
 from gpt2train.compose import literal
-from gpt2train.config import ConfigError, TrainConfig
+from gpt2train.config import TrainConfig
+from gpt2train.errors import ConfigError
 
 CONFIG = "config.yaml"
 """The resolved settings."""

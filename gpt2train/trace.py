@@ -22,8 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.token_shards import DocumentSpan, TokenShards, TokenSplit
-from gpt2train.config import ConfigError, TraceConfig, TrainConfig
+from gpt2train.config import TraceConfig, TrainConfig
 from gpt2train.data import BatchOrder, TokenWindows
+from gpt2train.errors import ConfigError
 from gpt2train.run_folder import VERSIONS, data_folder, read_json, read_metrics, read_run_config, series
 
 SCAN_TOKENS = 16_000_000

@@ -27,21 +27,10 @@ import torch
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint, claim, distributed, engine
 from gpt2train.bounds import check
-from gpt2train.config import (
-    REQUEUE_EXIT_CODE,
-    Compile,
-    ConfigError,
-    FaultAction,
-    GPT2TrainError,
-    NonFiniteError,
-    RemoteError,
-    TrainConfig,
-    flops_per_token,
-    micro_batch,
-    parameter_count,
-)
+from gpt2train.config import Compile, FaultAction, TrainConfig, flops_per_token, micro_batch, parameter_count
 from gpt2train.data import BatchOrder, TokenWindows, derive_seed, micro_batches
 from gpt2train.distributed import World, all_sum, on_rank_zero
+from gpt2train.errors import REQUEUE_EXIT_CODE, ConfigError, GPT2TrainError, NonFiniteError, RemoteError
 from gpt2train.evaluate import validation_loss
 from gpt2train.evaluation.during import TasksDuringTraining
 from gpt2train.faults import FaultRule

@@ -22,7 +22,8 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.token_writer import TokenShardWriter
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, ModelConfig
+from gpt2train.config import ModelConfig
+from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
 from gpt2train.release import repeats
 from gpt2train.release.audit import audit, masked, wilson

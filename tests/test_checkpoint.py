@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from gpt2train import checkpoint
 from gpt2train.checkpoint import newest_whole, read_state, read_weights, resolve, save
-from gpt2train.config import CheckpointError
+from gpt2train.errors import CheckpointError
 
 SHAPES = {"wte.weight": (12, 4), "h.0.ln_1.weight": (4,), "h.0.attn.c_attn.weight": (12, 4), "ln_f.bias": (4,)}
 

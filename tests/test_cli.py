@@ -14,7 +14,8 @@ from gpt2train.cli import main
 from gpt2train.commands.help import command_help, complete
 from gpt2train.commands.table import COMMANDS, load
 from gpt2train.compose import CONFIG_FOLDER, choices, compose, leaves, quoted
-from gpt2train.config import ConfigError, Precision, TrainConfig
+from gpt2train.config import Precision, TrainConfig
+from gpt2train.errors import ConfigError
 
 TRAIN = CONFIG_FOLDER / "train"
 RUNNABLE = ["data.path=x", "run_dir=y", "steps=1"]

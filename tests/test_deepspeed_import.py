@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from training import TINY, Ranks, read_metrics, write_tokens
 
 from gpt2train import checkpoint
-from gpt2train.config import CheckpointError, ConfigError, ImportConfig
+from gpt2train.errors import CheckpointError, ConfigError
+from gpt2train.release.config import ImportConfig
 from gpt2train.release.deepspeed_files import is_deepspeed_folder, read_deepspeed_folder
 from gpt2train.release.export import import_model
 

@@ -16,7 +16,7 @@ from test_generate import TINY, lively, one_thread  # noqa: F401 (a fixture that
 
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError
+from gpt2train.errors import ConfigError
 from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.sampling import Sampling
 from gpt2train.generation.watermark import Watermark

@@ -12,10 +12,8 @@ import torch
 
 from gpt2train.config import (
     BatchConfig,
-    ConfigError,
     DeepspeedConfig,
     Device,
-    GPT2TrainError,
     ModelConfig,
     Precision,
     TrainConfig,
@@ -24,6 +22,7 @@ from gpt2train.config import (
 )
 from gpt2train.distributed import World, all_rows, all_sum, on_rank_zero, peer_error, start
 from gpt2train.engine import deepspeed_config
+from gpt2train.errors import ConfigError, GPT2TrainError
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

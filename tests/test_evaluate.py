@@ -21,8 +21,10 @@ from data_pipeline.token_writer import TokenShardWriter
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
-from gpt2train.config import ConfigError, EvaluateCommandConfig, ModelConfig
+from gpt2train.config import ModelConfig
+from gpt2train.errors import ConfigError
 from gpt2train.evaluate import Measure, as_json, evaluate, text_measure, validation_loss
+from gpt2train.evaluation.config import EvaluateCommandConfig
 from gpt2train.model import GPT
 from gpt2train.release.hf import hf_config, to_hf_state
 

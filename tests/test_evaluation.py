@@ -25,10 +25,12 @@ from data_pipeline.token_writer import TokenShardWriter
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
-from gpt2train.config import ConfigError, EvaluateCommandConfig, ModelConfig, NonFiniteError
+from gpt2train.config import ModelConfig
 from gpt2train.distributed import World
+from gpt2train.errors import ConfigError, NonFiniteError
 from gpt2train.evaluate import evaluate
 from gpt2train.evaluation import contamination, likelihood, measure, metrics, sources, suite, tasks, writing
+from gpt2train.evaluation.config import EvaluateCommandConfig
 from gpt2train.evaluation.items import Completions, LastWord
 from gpt2train.evaluation.tasks import TASKS
 from gpt2train.evaluation.work import shared_out

@@ -20,18 +20,12 @@ from safetensors.torch import load_file
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
 from gpt2train.claim import Claim, identity
-from gpt2train.config import (
-    CheckpointError,
-    ConfigError,
-    ExportConfig,
-    GPT2TrainError,
-    ImportConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from gpt2train.config import ModelConfig, TrainConfig
+from gpt2train.errors import CheckpointError, ConfigError, GPT2TrainError
 from gpt2train.generation.decoding import sample
 from gpt2train.model import GPT
 from gpt2train.release import export
+from gpt2train.release.config import ExportConfig, ImportConfig
 from gpt2train.release.export import export_run, import_model
 from gpt2train.release.hf import load_model
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_export import FILES, lively, make_run
 
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, ExportConfig, ImportConfig, ModelConfig
+from gpt2train.config import ModelConfig
+from gpt2train.errors import ConfigError
 from gpt2train.generation.decoding import sample
 from gpt2train.release import nanochat
+from gpt2train.release.config import ExportConfig, ImportConfig
 from gpt2train.release.export import export_run, import_model
 from gpt2train.release.hf import architecture, load_model
 

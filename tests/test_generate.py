@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, ModelConfig, NonFiniteError
+from gpt2train.config import ModelConfig
+from gpt2train.errors import ConfigError, NonFiniteError
 from gpt2train.generation.config import GenerateConfig
 from gpt2train.generation.decoding import Decoding, lay_for_decoding, sample
 from gpt2train.generation.drafting import Drafts

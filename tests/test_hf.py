@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpt2train.config import CheckpointError, ConfigError, Device, ModelConfig
+from gpt2train.config import Device, ModelConfig
+from gpt2train.errors import CheckpointError, ConfigError
 from gpt2train.model import GPT
 from gpt2train.release.hf import (
     choose_device,

@@ -104,8 +104,13 @@ def test_settings_import_nothing_heavy() -> None:
         "gpt2train.bounds",
         "gpt2train.cli",
         "gpt2train.commands.table",
+        "gpt2train.errors",
+        "gpt2train.evaluation.config",
         "gpt2train.evaluation.tasks",
         "gpt2train.evaluation.sources",
+        "gpt2train.generation.config",
+        "gpt2train.planning.config",
+        "gpt2train.release.config",
         "launch.config",
     ):
         heavy = imports(modules()[name], top_only=True)

@@ -14,16 +14,8 @@ import pytest
 import torch
 
 from gpt2train.bounds import check
-from gpt2train.config import (
-    AttentionKernel,
-    ConfigError,
-    KernelsConfig,
-    LossKernel,
-    ModelConfig,
-    Precision,
-    TrainConfig,
-    ZeroConfig,
-)
+from gpt2train.config import AttentionKernel, KernelsConfig, LossKernel, ModelConfig, Precision, TrainConfig, ZeroConfig
+from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
 from gpt2train.network.attention import one_kernel
 from gpt2train.network.float8 import to_float8

@@ -18,18 +18,18 @@ from gpt2train.compose import CONFIG_FOLDER, choices, compose
 from gpt2train.config import (
     ActivationCheckpointing,
     BatchConfig,
-    ConfigError,
     DataConfig,
     ModelConfig,
-    PlanConfig,
     Precision,
     TrainConfig,
     flops_per_token,
     parameter_count,
 )
+from gpt2train.errors import ConfigError
 from gpt2train.network import loss
 from gpt2train.planning import memory as planned_memory
 from gpt2train.planning.choose import applied, best, host_bytes, misfit, options, planned_ranks, with_kept
+from gpt2train.planning.config import PlanConfig
 from gpt2train.planning.forecast import forecast, utilization
 from gpt2train.planning.memory import GIB, memory
 from tests.allocations import Allocations

@@ -18,7 +18,8 @@ from training import TINY, Ranks, read_metrics, write_tokens, written_steps
 
 from gpt2train import checkpoint
 from gpt2train.bounds import check
-from gpt2train.config import REQUEUE_EXIT_CODE, CheckpointConfig, RunExistsError, TrainConfig
+from gpt2train.config import CheckpointConfig, TrainConfig
+from gpt2train.errors import REQUEUE_EXIT_CODE, RunExistsError
 from gpt2train.saving.remote import Remote, Uploader, unsent
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from gpt2train.config import ConfigError, DataConfig, ModelConfig, Precision, TrainConfig
+from gpt2train.config import DataConfig, ModelConfig, Precision, TrainConfig
+from gpt2train.errors import ConfigError
 from gpt2train.report import report
 from gpt2train.run_folder import (
     checkpoint_folders,

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from gpt2train.config import CheckpointError, GPT2TrainError
 from gpt2train.distributed import World
+from gpt2train.errors import CheckpointError, GPT2TrainError
 from gpt2train.saving.saver import Saver
 
 ALONE = World(0, 1, 0, torch.device("cpu"))

@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from gpt2train.charts import thinned
-from gpt2train.config import ConfigError, ModelConfig, TrainConfig
+from gpt2train.config import ModelConfig, TrainConfig
+from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
 from gpt2train.planning.law import HUBER_DELTA, Point, fit, hold_out, rate_rule
 from gpt2train.planning.runs import body_parameter_count, summary

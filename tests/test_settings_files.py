@@ -8,7 +8,7 @@ import pytest
 
 from gpt2train.cli import main
 from gpt2train.commands.settings_files import expand
-from gpt2train.config import ConfigError
+from gpt2train.errors import ConfigError
 
 
 def test_lines_are_settings_and_later_ones_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

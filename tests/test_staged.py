@@ -10,10 +10,11 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from gpt2train.config import ConfigError, ImportConfig, ModelConfig
+from gpt2train.config import ModelConfig
+from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
 from gpt2train.release import staged
-from gpt2train.release.config import ReleaseConfig
+from gpt2train.release.config import ImportConfig, ReleaseConfig
 from gpt2train.release.export import _write_json, import_model
 from gpt2train.release.hf import hf_config, to_hf_state
 from gpt2train.release.staged import release

@@ -18,8 +18,9 @@ from data_pipeline.token_writer import TokenShardWriter
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import trace as trace_module
-from gpt2train.config import BatchConfig, ConfigError, DataConfig, ModelConfig, TraceConfig, TrainConfig
+from gpt2train.config import BatchConfig, DataConfig, ModelConfig, TraceConfig, TrainConfig
 from gpt2train.data import BatchOrder
+from gpt2train.errors import ConfigError
 from gpt2train.trace import documents_of_step, documents_of_url, steps_of_url, trace
 
 CONTEXT, SEQUENCES, STEPS = 16, 3, 60

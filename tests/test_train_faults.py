@@ -30,8 +30,8 @@ from training import (
 )
 
 from data_pipeline.token_shards import TokenShards
-from gpt2train.config import REQUEUE_EXIT_CODE
 from gpt2train.data import BatchOrder, TokenWindows
+from gpt2train.errors import REQUEUE_EXIT_CODE
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from test_generate import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.tokenizer import VOCABULARY
-from gpt2train.config import ConfigError
+from gpt2train.errors import ConfigError
 from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.sampling import Sampling
 from gpt2train.generation.watermark import Watermark, read_key

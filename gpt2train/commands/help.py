@@ -37,7 +37,7 @@ def command_help(name: str) -> str:
     for group in group_names(groups):
         assert groups is not None
         lines += ["", f"{group}=  one of {', '.join(choices(groups, group))}"]
-    launch, sweep = load("launch.config:LaunchConfig"), load("gpt2train.config:SweepConfig")
+    launch, sweep = load("launch.config:LaunchConfig"), load("gpt2train.planning.config:SweepConfig")
     if name in ("launch", "sweep"):
         lines += ["", "Settings of the launch:", *_settings_help(launch, launch())]
     if name == "sweep":
@@ -114,7 +114,7 @@ def complete(words: Sequence[str]) -> list[str]:
     if before[0] in ("launch", "sweep"):
         known |= leaves(load("launch.config:LaunchConfig"))
     if before[0] == "sweep":
-        known |= leaves(load("gpt2train.config:SweepConfig"))
+        known |= leaves(load("gpt2train.planning.config:SweepConfig"))
     if "=" in last:
         key, start = last.split("=", 1)
         if groups is not None and key in group_names(groups):

@@ -16,8 +16,10 @@ from gpt2train.bounds import check
 from gpt2train.commands.planned import planned_overrides
 from gpt2train.commands.table import DATA, LADDER
 from gpt2train.compose import CONFIG_FOLDER, choices, compose, leaves, quoted, takes_text
-from gpt2train.config import REQUEUE_EXIT_CODE, ConfigError, GPT2TrainError, ReportConfig, SweepConfig, TrainConfig
+from gpt2train.config import ReportConfig, TrainConfig
+from gpt2train.errors import REQUEUE_EXIT_CODE, ConfigError, GPT2TrainError
 from gpt2train.planning.choose import with_kept
+from gpt2train.planning.config import SweepConfig
 from launch import config as launch_config
 
 

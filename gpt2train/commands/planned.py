@@ -11,7 +11,8 @@ from dataclasses import replace
 from gpt2train.bounds import check
 from gpt2train.commands.table import DATA
 from gpt2train.compose import CONFIG_FOLDER, compose
-from gpt2train.config import ConfigError, Device, TrainConfig
+from gpt2train.config import Device, TrainConfig
+from gpt2train.errors import ConfigError
 from gpt2train.planning.choose import (
     PICKED,
     applied,

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2train.config import ConfigError
+from gpt2train.errors import ConfigError
 
 
 def expand(arguments: Sequence[str]) -> list[str]:

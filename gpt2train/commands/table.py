@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         "validation loss, perplexity of texts, and the paper's zero-shot tasks",
-        "gpt2train.config:EvaluateCommandConfig",
+        "gpt2train.evaluation.config:EvaluateCommandConfig",
         "gpt2train.evaluate:evaluate",
         examples=(
             "gpt2train evaluate run=runs/small texts=[book.txt]",
@@ -112,13 +112,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         "a run → a folder that transformers loads, with a model card",
-        "gpt2train.config:ExportConfig",
+        "gpt2train.release.config:ExportConfig",
         "gpt2train.release.export:export_run",
         examples=("gpt2train export run=runs/small to=out/",),
     ),
     "import": Command(
         "a folder in Hugging Face format, or DeepSpeed's checkpoint → a run to train on from",
-        "gpt2train.config:ImportConfig",
+        "gpt2train.release.config:ImportConfig",
         "gpt2train.release.export:import_model",
         examples=("gpt2train import path=gpt2/ to=runs/gpt2",),
     ),

@@ -2,6 +2,7 @@
 
 The rooms, in the order of the data:
 
+    config         the settings of `evaluate`, and their bounds
     items          the four things that a test set may ask
     detokenizers   test sets' own tokenization ↔ text as people write it
     prompts        rows of published test sets → items, in each task's words

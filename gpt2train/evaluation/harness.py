@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
-from gpt2train.config import ConfigError, GPT2TrainError
 from gpt2train.distributed import World
+from gpt2train.errors import ConfigError, GPT2TrainError
 from gpt2train.evaluation import likelihood, writing
 from gpt2train.evaluation.likelihood import COLUMNS, GREEDY, LOG_LIKELIHOOD, Request
 from gpt2train.evaluation.measure import ALONE, Subject

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from data_pipeline.tokenizer import END_OF_TEXT, Tokenizer
-from gpt2train.config import ModelConfig, NonFiniteError
+from gpt2train.config import ModelConfig
 from gpt2train.distributed import World
+from gpt2train.errors import NonFiniteError
 from gpt2train.evaluation import likelihood, metrics, writing
 from gpt2train.evaluation.items import Completions, Item, LastWord, Question, Stretch
 from gpt2train.evaluation.likelihood import COLUMNS, LOG_LIKELIHOOD, Forward, Request, Row

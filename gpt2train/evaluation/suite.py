@@ -19,9 +19,10 @@ import torch
 
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import Tokenizer
-from gpt2train.config import EvaluateCommandConfig, Precision
+from gpt2train.config import Precision
 from gpt2train.distributed import World, all_sum
 from gpt2train.evaluation import contamination, harness, likelihood, measure, sources, tasks
+from gpt2train.evaluation.config import EvaluateCommandConfig
 from gpt2train.evaluation.items import texts_of
 from gpt2train.evaluation.measure import Prepared, Subject
 from gpt2train.model import GPT

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, GPT2TrainError
 from gpt2train.generation.config import GenerateConfig, SamplingConfig, WatermarkConfig, check_generate
 from gpt2train.generation.decoding import Decoding, lay_for_decoding
 from gpt2train.generation.embedding import hidden_states

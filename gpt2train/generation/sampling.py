@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpt2train.config import NonFiniteError
+from gpt2train.errors import NonFiniteError
 from gpt2train.generation.watermark import Watermark
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from aiohttp import web
 
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, GPT2TrainError, NonFiniteError
+from gpt2train.errors import ConfigError, GPT2TrainError, NonFiniteError
 from gpt2train.generation.completion import Completion, RequestError, read_request
 from gpt2train.generation.config import ServeConfig, check_serve
 from gpt2train.generation.decoding import Decoding, lay_for_decoding

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenizer import VOCABULARY
-from gpt2train.config import ConfigError
+from gpt2train.errors import ConfigError
 
 MIN_KEY_BYTES = 16
 """Shorter keys could be tried out one after another."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gpt2train.config import ConfigError
+from gpt2train.errors import ConfigError
 
 LEAST_CAPABILITY = (8, 9)
 """CUDA compute capability with fp8 products (NVIDIA, "CUDA C++ Programming Guide", arithmetic instructions)."""

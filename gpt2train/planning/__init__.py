@@ -2,6 +2,7 @@
 
 The rooms:
 
+    config    the settings of a cluster, a plan and a sweep
     memory    bytes on one GPU at the worst moment of a step, by component
     forecast  tokens a second, days, cost, energy, disk
     choose    every ZeRO stage and activation policy on a cluster; the fastest that fits; what does not fit is refused

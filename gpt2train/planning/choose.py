@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gpt2train.bounds import check
-from gpt2train.config import ActivationCheckpointing, ConfigError, TrainConfig, micro_batch
+from gpt2train.config import ActivationCheckpointing, TrainConfig, micro_batch
+from gpt2train.errors import ConfigError
 from gpt2train.planning.forecast import Forecast, forecast
 from gpt2train.planning.memory import GIB, Memory, memory
 

@@ -20,13 +20,13 @@ from typing import Any
 
 from gpt2train.config import (
     ActivationCheckpointing,
-    ConfigError,
     Precision,
     TrainConfig,
     flops_per_token,
     micro_batch,
     parameter_count,
 )
+from gpt2train.errors import ConfigError
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", table 3."""

@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gpt2train.config import ConfigError, TrainConfig
+from gpt2train.config import TrainConfig
+from gpt2train.errors import ConfigError
 from gpt2train.planning.choose import PROCESS_BYTES, applied, misfit
 from gpt2train.planning.forecast import forecast
 from gpt2train.planning.memory import GIB, memory

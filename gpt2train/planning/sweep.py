@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gpt2train.config import ConfigError, ModelConfig, parameter_count
+from gpt2train.config import ModelConfig, parameter_count
+from gpt2train.errors import ConfigError
 from gpt2train.planning.forecast import TOKENS_PER_PARAMETER
 from gpt2train.planning.law import Findings, HeldOut, Point, RateRule, ScalingLaw, fit, hold_out, rate_rule
 from gpt2train.planning.runs import RunSummary, body_parameter_count, summary

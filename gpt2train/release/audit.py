@@ -31,7 +31,7 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
-from gpt2train.config import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, GPT2TrainError
 from gpt2train.generation.decoding import Decoding, lay_for_decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
 from gpt2train.generation.sampling import GREEDY

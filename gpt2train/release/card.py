@@ -15,7 +15,6 @@ from typing import Any
 from gpt2train.claim import RUN
 from gpt2train.config import (
     VOCABULARY,
-    ConfigError,
     ModelConfig,
     OptimizerConfig,
     OptimizerName,
@@ -23,6 +22,7 @@ from gpt2train.config import (
     flops_per_token,
     parameter_count,
 )
+from gpt2train.errors import ConfigError
 from gpt2train.evaluation import table
 from gpt2train.release import nanochat
 from gpt2train.release.hf import architecture

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, diags
 
-from gpt2train.config import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, GPT2TrainError
 
 PLACES = 1 << 15
 WORDS_LENGTH = 12.0

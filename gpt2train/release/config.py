@@ -1,4 +1,4 @@
-"""Settings of `audit`, `detect` and `release`, and their bounds. Imports nothing heavy."""
+"""Settings of `export`, `import`, `audit`, `detect` and `release`, and their bounds. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,29 @@ from pathlib import Path
 from gpt2train.bounds import run_faults
 from gpt2train.config import Device
 from gpt2train.generation.config import WatermarkConfig, watermark_faults
+
+
+@dataclass
+class ExportConfig:
+    """`gpt2train export`: a run → a folder that transformers loads."""
+
+    run: str = ""
+    """Run folder or checkpoint folder."""
+    to: str = ""
+    """New folder: config.json, model.safetensors, tokenizer, model card."""
+
+
+@dataclass
+class ImportConfig:
+    """`gpt2train import`: a folder in Hugging Face format, or a checkpoint of DeepSpeed's → a run to train on from."""
+
+    path: str = ""
+    """Folder with config.json and model.safetensors of a GPT2LMHeadModel; or the one that a training loop gave
+    DeepSpeed's `save_checkpoint` (ZeRO 1, 2 or 3, a model with GPT-2's names), whose moments and steps come along."""
+    to: str = ""
+    """New run folder."""
+    heads: int = 0
+    """Attention heads of a DeepSpeed checkpoint's model, which does not say; 0: channels / 64, as in the paper."""
 
 
 @dataclass
@@ -72,6 +95,24 @@ class ReleaseConfig:
     """Why the larger ones are withheld, a sentence for the cards."""
     review: str = ""
     """What is looked at before the next stage, a sentence for the cards."""
+
+
+def check_export(config: ExportConfig) -> list[str]:
+    """All faults of `config`, one line each; empty when it can run."""
+    faults = run_faults(config.run)
+    if not config.to:
+        faults.append("to='': must name a new folder; give to=out")
+    return faults
+
+
+def check_import(config: ImportConfig) -> list[str]:
+    """All faults of `config`, one line each; empty when it can run."""
+    faults = []
+    if not config.path:
+        faults.append("path='': must name a folder in Hugging Face format or of DeepSpeed; give path=FOLDER")
+    if not config.to:
+        faults.append("to='': must name a new run folder; give to=runs/NAME")
+    return faults
 
 
 def check_audit(config: AuditConfig) -> list[str]:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2train.config import VOCABULARY, CheckpointError, ConfigError, ModelConfig
+from gpt2train.config import VOCABULARY, ModelConfig
+from gpt2train.errors import CheckpointError, ConfigError
 from gpt2train.release.hf import TRANSPOSED, from_hf_state
 
 LATEST = "latest"

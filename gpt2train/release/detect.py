@@ -24,7 +24,7 @@ from rich.table import Table
 
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, GPT2TrainError
 from gpt2train.generation.generate import refuse_fewer_tokens
 from gpt2train.generation.watermark import Watermark, read_key
 from gpt2train.release import classifier

@@ -27,17 +27,11 @@ from safetensors.torch import load_file, save_file
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, claim
-from gpt2train.bounds import check_export
-from gpt2train.config import (
-    CheckpointError,
-    ConfigError,
-    ExportConfig,
-    GPT2TrainError,
-    ImportConfig,
-    ModelConfig,
-)
+from gpt2train.config import ModelConfig
+from gpt2train.errors import CheckpointError, ConfigError, GPT2TrainError
 from gpt2train.release import nanochat
 from gpt2train.release.card import model_card
+from gpt2train.release.config import ExportConfig, ImportConfig, check_export, check_import
 from gpt2train.release.deepspeed_files import as_gpt2, is_deepspeed_folder, read_deepspeed_folder
 from gpt2train.release.hf import architecture, hf_config, read_hf_folder, to_hf_state, weight_files
 from gpt2train.run_folder import IMPORTED
@@ -120,11 +114,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def import_model(config: ImportConfig) -> int:
     """Writes the model at `path` as a checkpoint of the new run folder `to`, at step 0 or DeepSpeed's own."""
-    faults = []
-    if not config.path:
-        faults.append("path='': must name a folder in Hugging Face format or of DeepSpeed; give path=FOLDER")
-    if not config.to:
-        faults.append("to='': must name a new run folder; give to=runs/NAME")
+    faults = check_import(config)
     if faults:
         raise ConfigError(faults)
     target = Path(config.to)

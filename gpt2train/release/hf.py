@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train import checkpoint
-from gpt2train.config import CheckpointError, ConfigError, Device, ModelConfig
+from gpt2train.config import Device, ModelConfig
+from gpt2train.errors import CheckpointError, ConfigError
 from gpt2train.model import GPT, LAYER_NORM_EPS
 from gpt2train.release import nanochat
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from data_pipeline.tokenizer import END_OF_TEXT
-from gpt2train.config import Activation, ConfigError, ModelConfig, Norm, Positions
+from gpt2train.config import Activation, ModelConfig, Norm, Positions
+from gpt2train.errors import ConfigError
 from gpt2train.network.attention import RMS_NORM_EPS, ROTARY_BASE
 
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"

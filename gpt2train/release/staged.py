@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt2train import checkpoint
-from gpt2train.config import ConfigError, ExportConfig, GPT2TrainError, ModelConfig, parameter_count
-from gpt2train.release.config import ReleaseConfig, check_release
+from gpt2train.config import ModelConfig, parameter_count
+from gpt2train.errors import ConfigError, GPT2TrainError
+from gpt2train.release.config import ExportConfig, ReleaseConfig, check_release
 from gpt2train.release.export import export_run
 from gpt2train.run_folder import replace_file, run_dir_of
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gpt2train.config import RemoteError
+from gpt2train.errors import RemoteError
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 15.0
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from gpt2train import checkpoint
 from gpt2train.checkpoint import MANIFEST, STATE, Keep
-from gpt2train.config import CheckpointConfig, RunExistsError
+from gpt2train.config import CheckpointConfig
+from gpt2train.errors import RunExistsError
 from gpt2train.run_folder import (
     CHECKPOINTS,
     CONFIG,

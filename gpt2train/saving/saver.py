@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable
 
 from gpt2train import distributed
-from gpt2train.config import GPT2TrainError
 from gpt2train.distributed import World
+from gpt2train.errors import GPT2TrainError
 
 
 class Saver:

@@ -1,0 +1,63 @@
+"""What ends a command with one clear line, and the exit code that says which of these it was.
+
+    GPT2TrainError                exit code 1
+    ├── ConfigError               2   settings that cannot work; all of them, together
+    ├── RunExistsError            2   starting from nothing over an existing run, without the explicit word
+    ├── RunInUseError             3   another process owns the run folder
+    ├── RemoteError               4   the last checkpoint could not be copied to checkpoint.remote; it is intact here
+    ├── CheckpointError           5   no whole checkpoint where one was asked for
+    ├── NonFiniteError            6   a loss or gradient is not finite; the update was not made
+    └── PeerError                 7   a rank died or stopped; the cause is named
+
+A run that was asked to stop (SIGTERM, SIGUSR1) saves and exits with REQUEUE_EXIT_CODE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+REQUEUE_EXIT_CODE = 85
+"""Exit code of a run that saved and stopped because it was told to; start it again and it goes on."""
+
+
+class GPT2TrainError(Exception):
+    """Ends the command with `exit_code` and one clear line; a traceback is for bugs only."""
+
+    exit_code = 1
+
+
+class ConfigError(GPT2TrainError):
+    """Settings that cannot work: `faults` holds one line each (field, value, bound, remedy)."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[str]) -> None:
+        self.faults = list(faults)
+        super().__init__(self.faults)  # as its arguments, so that it comes whole through a pickle from a worker
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+class RunExistsError(GPT2TrainError):
+    exit_code = 2
+
+
+class RunInUseError(GPT2TrainError):
+    exit_code = 3
+
+
+class RemoteError(GPT2TrainError):
+    exit_code = 4
+
+
+class CheckpointError(GPT2TrainError):
+    exit_code = 5
+
+
+class NonFiniteError(GPT2TrainError):
+    exit_code = 6
+
+
+class PeerError(GPT2TrainError):
+    exit_code = 7
