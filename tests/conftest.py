@@ -26,20 +26,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LONGEST = (
-    "test_train_faults",
+    "test_train_kills",
     "test_train",
+    "test_hosts",
+    "test_train_faults",
     "test_remote",
     "test_pipeline",
-    "test_launch",
-    "test_hosts",
+    "test_storage",
     "test_slurm",
+    "test_plan",
     "test_real_pages",
+    "test_launch",
+    "test_evaluation",
+    "test_ray_executor",
+    "test_muon",
+    "test_detect",
     "test_fetch",
     "test_crawl",
     "test_politeness",
     "test_extract",
 )
-"""Files that take longest, begun first, so that two processes end at about the same time."""
+"""Files that take longest, begun first, so that all processes of a run end at about the same time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
