@@ -14,8 +14,8 @@ import pytest
 from training import Ranks, losses_of, read_metrics, settings, write_tokens, written_steps
 
 from data_pipeline.token_shards import TokenShards
-from gpt2train.config import REQUEUE_EXIT_CODE
 from gpt2train.data import TokenWindows
+from gpt2train.errors import REQUEUE_EXIT_CODE
 
 
 @pytest.mark.slow
