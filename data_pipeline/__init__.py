@@ -3,6 +3,7 @@
 The rooms:
 
     config         every setting, its default and its sentence
+    bounds         what keeps settings from working
     records        the tables between stages, the errors, the ledger's vocabulary
     crawl/         URL list → responses in WARC files
     texts          text datasets → documents, for source=dataset
@@ -12,7 +13,6 @@ The rooms:
     token_writer   writes the token shards of a corpus
     token_shards   the on-disk format of tokens, read by training
     lists          domains, words and URLs that a user gives by file
-    what_if        other thresholds on the numbers that a corpus stores → what would change
     forget         domains and URLs to take down → who they are in a corpus, and what is left of them
     layout         where each file of a corpus lies
     storage/       a corpus, or its inputs, in a bucket: s3://, gs://
@@ -23,9 +23,7 @@ The rooms:
     tasks          one shard of one stage: files in, files out
     steps          doing the steps that do not stand
     entrances      the three ways in: URL list, WARC files, dataset
+    stages         extract to tokenize: the steps that each is made of
     pipeline       the only room that knows the stages' order
-    ledger         one row a URL; totals that must add up
-    why            what became of a URL
-    report         summary → one HTML file
-    card           the dataset card
+    account/       what became of every URL: ledger, report, dataset card; what other thresholds would change
 """

@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import forget, ledger, pack
+from data_pipeline import forget, pack
+from data_pipeline.account import ledger
 from data_pipeline.clean import bands, contamination, dedup, extract, language, personal, planting, quality
 from data_pipeline.clean.html_text import Rejected
 from data_pipeline.config import (

@@ -87,7 +87,7 @@ def _bounds_of(schema: str) -> Callable[[Any], list[str]] | None:
     if schema == "gpt2train.config:TrainConfig":
         return lambda config: check(config, world_size=_world_size())
     if schema == "data_pipeline.config:CorpusConfig":
-        return load("data_pipeline.config:check")
+        return load("data_pipeline.bounds:check")
     module, name = schema.split(":")
     if re.fullmatch(r"gpt2train\.\w+\.config", module):  # of a wing: ReleaseConfig and, beside it, check_release
         return load(f"{module}:check_{re.sub('(Command)?Config$', '', name).lower()}")

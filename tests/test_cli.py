@@ -132,8 +132,8 @@ def test_every_shipped_choice_composes_and_can_run(group: str) -> None:
 
 
 def test_every_corpus_recipe_composes() -> None:
+    from data_pipeline.bounds import check as check_corpus
     from data_pipeline.config import CorpusConfig
-    from data_pipeline.config import check as check_corpus
 
     names = choices(CONFIG_FOLDER / "corpus", "recipe")
     assert {"webtext", "openwebtext", "gopher", "c4", "fineweb", "extract_only"} <= set(names)

@@ -18,7 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 from inline import Inline
 
-from data_pipeline import pipeline, tasks
+from data_pipeline import pipeline, stages, tasks
+from data_pipeline.account.ledger import why_nothing_is_left
+from data_pipeline.account.report import write_corpus_report
+from data_pipeline.account.why import WhyConfig, why
+from data_pipeline.bounds import check
 from data_pipeline.clean import language
 from data_pipeline.config import (
     LANGUAGES,
@@ -30,15 +34,11 @@ from data_pipeline.config import (
     QualityConfig,
     Source,
     TokenizeConfig,
-    check,
 )
 from data_pipeline.executors import stopped_by_sigterm
 from data_pipeline.layout import Corpus, read_config
-from data_pipeline.ledger import why_nothing_is_left
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import CorruptionError, InputError, StoppedError
-from data_pipeline.report import write_corpus_report
-from data_pipeline.why import WhyConfig, why
 
 PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:6]
 
@@ -389,7 +389,7 @@ def test_the_join_in_parts_gives_the_same_bytes(
         expected = (whole / "dedup" / "duplicates.parquet").read_bytes()
         assert pq.read_table(whole / "dedup" / "duplicates.parquet").num_rows >= 4
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "JOIN_IN_PARTS_ROWS", 1)
+            patch.setattr(stages, "JOIN_IN_PARTS_ROWS", 1)
             patch.setattr(tasks, "join_duplicates", None)  # would raise
             build_corpus(replace(one, out=str(out)))
         assert (out / "dedup" / "duplicates.parquet").read_bytes() == expected
@@ -397,7 +397,7 @@ def test_the_join_in_parts_gives_the_same_bytes(
     # A part that is there when the run goes on is not made again.
     (out / "dedup" / "duplicates.done.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "JOIN_IN_PARTS_ROWS", 1)
+        patch.setattr(stages, "JOIN_IN_PARTS_ROWS", 1)
         patch.setattr(tasks, "join_links", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             build_corpus(replace(one, out=str(out)))
@@ -405,7 +405,7 @@ def test_the_join_in_parts_gives_the_same_bytes(
         assert len(links) == 15  # 14 bands, and equal texts
         links[3].unlink()
         patch.undo()
-        patch.setattr(pipeline, "JOIN_IN_PARTS_ROWS", 1)
+        patch.setattr(stages, "JOIN_IN_PARTS_ROWS", 1)
         patch.setattr(pipeline, "_executor", lambda config, out: Inline())
         capfd.readouterr()
         build_corpus(replace(one, out=str(out)))

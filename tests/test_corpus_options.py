@@ -33,7 +33,10 @@ from inline import Inline
 from omegaconf import OmegaConf
 from warcio.archiveiterator import ArchiveIterator
 
-from data_pipeline import forget, pipeline, what_if
+from data_pipeline import forget, pipeline
+from data_pipeline.account import what_if
+from data_pipeline.account.report import compare_domains, measure_lines, write_corpus_report
+from data_pipeline.bounds import check
 from data_pipeline.clean import personal, planting
 from data_pipeline.clean.dedup import find_duplicates, sign_shard
 from data_pipeline.config import (
@@ -45,13 +48,11 @@ from data_pipeline.config import (
     QualityConfig,
     Source,
     TokenizeConfig,
-    check,
 )
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import ConfigError, InputError
-from data_pipeline.report import compare_domains, measure_lines, write_corpus_report
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.cli import main

@@ -28,7 +28,8 @@ from web import (
     response,
 )
 
-from data_pipeline.config import FETCH_REASONS, CorpusConfig, FetchConfig, Source, UrlListConfig, check
+from data_pipeline.bounds import check
+from data_pipeline.config import FETCH_REASONS, CorpusConfig, FetchConfig, Source, UrlListConfig
 from data_pipeline.crawl import rescue, retry, scheduler, spill, warc
 from data_pipeline.crawl.fetch import FetchShard, finish_shard, read_journal
 from data_pipeline.crawl.fetch_journal import journal_path, newest_decisions

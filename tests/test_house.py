@@ -99,6 +99,7 @@ def test_no_import_circle() -> None:
 
 def test_settings_import_nothing_heavy() -> None:
     for name in (
+        "data_pipeline.bounds",
         "data_pipeline.config",
         "gpt2train.config",
         "gpt2train.bounds",

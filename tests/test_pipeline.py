@@ -27,10 +27,10 @@ import pytest
 from killing import finished_steps, kill_again_and_again
 from omegaconf import OmegaConf
 
-from data_pipeline import pipeline
+from data_pipeline import stages
+from data_pipeline.account.ledger import funnel
 from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.layout import Corpus
-from data_pipeline.ledger import funnel
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import AccountingError, InputError
 from data_pipeline.token_shards import TokenShards
@@ -293,7 +293,7 @@ def test_a_large_shard_in_parts_gives_the_same_bytes(
     )
     assert isinstance(config, CorpusConfig)
     config.out = str(out)
-    monkeypatch.setattr(pipeline, "LEAST_PART_ROWS", 4)
+    monkeypatch.setattr(stages, "LEAST_PART_ROWS", 4)
     assert build_corpus(config) == 0
     assert not (out / "extract_parts").exists()
     assert tree(out, *RESULT, "extract") == tree(built[1], *RESULT, "extract")

@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import CorpusConfig, Executor, RayConfig, check
+from data_pipeline.bounds import check
+from data_pipeline.config import CorpusConfig, Executor, RayConfig
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'gpt2train[ray]'")
 

@@ -29,14 +29,15 @@ import s3
 from s3 import ENVIRONMENT, SECRET, Door
 
 from data_pipeline import pipeline
-from data_pipeline.config import CorpusConfig, LanguageConfig, Source, StorageConfig, TokenizeConfig, check
+from data_pipeline.account.why import WhyConfig, why
+from data_pipeline.bounds import check
+from data_pipeline.config import CorpusConfig, LanguageConfig, Source, StorageConfig, TokenizeConfig
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import InputError, LockedError, StorageError
 from data_pipeline.storage.bucket import Bucket
 from data_pipeline.storage.growing import Growing, segments_of
 from data_pipeline.storage.lease import Lease
 from data_pipeline.token_shards import CorruptTokenShardsError, NotTokenShardsError, TokenShards, fetch_token_shards
-from data_pipeline.why import WhyConfig, why
 
 PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:10]
 PATIENCE_S = 280

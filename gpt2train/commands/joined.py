@@ -25,13 +25,14 @@ from launch import config as launch_config
 
 def build_corpus(overrides: Sequence[str]) -> int:
     """The pipeline, handed checked settings; before a take-down, the steps of `runs` that saw what will be gone."""
-    from data_pipeline import config as corpus_config
+    from data_pipeline.bounds import check as check_corpus
+    from data_pipeline.config import CorpusConfig
 
     settings = compose(
-        corpus_config.CorpusConfig,
+        CorpusConfig,
         [_quoted_list(text, "what_if") for text in overrides],
         groups=CONFIG_FOLDER / "corpus",
-        check=corpus_config.check,
+        check=check_corpus,
     )
     from data_pipeline import pipeline
     from data_pipeline.forget import TakeDown
@@ -249,8 +250,8 @@ def write_report(overrides: Sequence[str]) -> int:
             [f"path={config.path}: must be the folder of a corpus or a run; give gpt2train report FOLDER"]
         )
     if (folder / "summary.json").exists():
+        from data_pipeline.account.report import write_corpus_report
         from data_pipeline.layout import Corpus
-        from data_pipeline.report import write_corpus_report
 
         print(write_corpus_report(Corpus(folder)))
     elif (folder / "metrics.jsonl").exists():

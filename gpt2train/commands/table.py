@@ -145,8 +145,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "why": Command(
         "what became of a URL",
-        "data_pipeline.why:WhyConfig",
-        "data_pipeline.why:why",
+        "data_pipeline.account.why:WhyConfig",
+        "data_pipeline.account.why:why",
         positional="url",
         examples=("gpt2train why https://example.org/page corpus=corpus/",),
     ),

@@ -26,8 +26,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline.bounds import check
 from data_pipeline.clean import dedup, quality
-from data_pipeline.config import CorpusConfig, check
+from data_pipeline.config import CorpusConfig
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.records import KEPT, ConfigError, InputError
 
