@@ -2,6 +2,7 @@
 
 get            one request
 connection     connections, kept for the next request; one exchange on each
+rests          when a response that comes in crumbs is read again
 message        a response as it comes off the wire
 body           codings undone within a bound; is it HTML?
 """

@@ -14,6 +14,7 @@ from typing import cast
 
 from data_pipeline.crawl.addresses import BlockedAddressError, LookupFailedError, VettedConnector
 from data_pipeline.crawl.http.message import FetchError, Head, Reply, ResponseReader
+from data_pipeline.crawl.http.rests import FREE_PIECES, SMALL_PIECE_BYTES, Rests, rest_s
 
 DRAINED_BYTES = 16_384
 """A body nobody wants is read to its end up to this length, since then the connection can be used again."""
@@ -25,8 +26,8 @@ _SWEEP_S = 0.5
 class Exchange:
     """One request on a connection. `done` gets the Reply or a FetchError."""
 
-    __slots__ = ("_body", "_cut", "_ip", "_max_bytes", "_on_bytes", "_reused", "_wanted", "_wants", "done", "reader",
-                 "reply", "request", "started", "url")  # fmt: skip
+    __slots__ = ("_body", "_cut", "_ip", "_max_bytes", "_on_bytes", "_reused", "_wanted", "_wants", "begun_at", "done",
+                 "reader", "reply", "request", "small_pieces", "started", "url")  # fmt: skip
 
     def __init__(
         self,
@@ -47,9 +48,12 @@ class Exchange:
         self.started = self._reused = self._wants = False
         self._body = bytearray()
         self._ip = ""
+        self.begun_at = 0.0
+        self.small_pieces = 0
 
-    def begin(self, ip: str, *, reused: bool) -> None:
-        self._ip, self._reused = ip, reused
+    def begin(self, ip: str, now: float, *, reused: bool) -> None:
+        """`now`: by the event loop's clock."""
+        self._ip, self._reused, self.begun_at = ip, reused, now
 
     def received(self, data: bytes) -> None:
         """Raises FetchError: protocol, header_too_large, too_large; and what `wanted` and `on_bytes` raise."""
@@ -145,10 +149,12 @@ class Connection(asyncio.Protocol):
     """An open connection: at most one exchange at a time. `alive` ends when the other side says or sends anything that
     was not asked for."""
 
-    __slots__ = ("_exchange", "_transport", "alive", "ip", "served")
+    __slots__ = ("_exchange", "_loop", "_rests", "_transport", "alive", "ip", "served")
 
-    def __init__(self, ip: str) -> None:
+    def __init__(self, ip: str, rests: Rests) -> None:
         self.ip = ip
+        self._rests = rests
+        self._loop = asyncio.get_running_loop()
         self.alive = False
         self.served = 0
         self._exchange: Exchange | None = None
@@ -160,7 +166,7 @@ class Connection(asyncio.Protocol):
     def send(self, exchange: Exchange) -> None:
         assert self._exchange is None
         self._exchange = exchange
-        exchange.begin(self.ip, reused=self.served > 0)
+        exchange.begin(self.ip, self._loop.time(), reused=self.served > 0)
         self.served += 1
         self._transport.write(exchange.request)
 
@@ -183,6 +189,18 @@ class Connection(asyncio.Protocol):
             if not exchange.done.done():
                 exchange.done.set_exception(e)
             self.abort()
+        else:
+            if len(data) < SMALL_PIECE_BYTES and not exchange.done.done():
+                exchange.small_pieces += 1
+                if exchange.small_pieces > FREE_PIECES:
+                    self._transport.pause_reading()
+                    self._rests.add(self._read_on, rest_s(self._loop.time() - exchange.begun_at))
+
+    def _read_on(self) -> None:
+        """The rest is over. Only an unfinished exchange has one, so the connection carries the same one still, or it is
+        closed."""
+        if self.alive:
+            self._transport.resume_reading()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.alive = False
@@ -205,6 +223,7 @@ class Connections:
         self._tls.set_alpn_protocols(["http/1.1"])
         self._idle: dict[str, tuple[float, Connection]] = {}  # by origin, the one kept for longest first
         self._loop = asyncio.get_running_loop()
+        self._rests = Rests()
         self._sweep: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -259,7 +278,7 @@ class Connections:
         connected, ip = await self._connector.connect(host, port)
         try:
             _, connection = await self._loop.create_connection(
-                lambda: Connection(ip),
+                lambda: Connection(ip, self._rests),
                 sock=connected,
                 ssl=self._tls if tls else None,
                 server_hostname=host if tls else None,
@@ -271,6 +290,7 @@ class Connections:
 
     def close(self) -> None:
         self._closed = True
+        self._rests.close()
         if self._sweep is not None:
             self._sweep.cancel()
         for _, connection in self._idle.values():
