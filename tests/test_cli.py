@@ -67,41 +67,6 @@ def test_all_faults_are_told_at_once() -> None:
     assert not any(line.startswith("gpt2train train: steps=0") for line in lines)  # its value was refused, not missing
 
 
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (["trian"], "there is no such command; choose among corpus, train"),
-        (["train", "--steps", "3"], "settings are key=value"),
-        (["train", "steps"], "not of the form key=value"),
-        (["train", "optimizer=adam"], "optimizer=adam: holds further settings; give one of optimizer."),
-        (["train", "lr=3"], "did you mean optimizer.lr?"),
-        (["train", "~steps"], "settings cannot be deleted"),
-        (["train", "steps=1,2"], "several values are for `gpt2train sweep`"),
-        (["train", "precision=fp8"], "it is one of fp32, bf16"),
-        (["corpus"], "urls='': must name a URL list; give urls=list.txt"),
-        (["corpus", "urls=/nowhere/list.txt"], "there is no such file"),
-        (["corpus", "urls=x", "stages=[fetsh]"], "must be among urls, fetch, extract"),
-        (["corpus", "source=dataset", "path=/nowhere/x.jsonl"], "there is no such file or folder"),
-        (["corpus", "source=warc", "path=/nowhere"], "there is no such WARC file"),
-        (["corpus", "urls=x", "fetch.allow_addresses=[localhost]"], "must be an exact ip:port"),
-        (["corpus", "urls=x", "url_list.blocked_patterns=['(']"], "must be a regular expression"),
-        (["report", "/nowhere"], "must be the folder of a corpus or a run"),
-        (["why"], "must name a URL"),
-        (["sweep", "model=nano,micro"], "out='': must name the sweep's folder"),
-        (["launch", "processes=-1", "steps=0"], "processes=-1: must be 0 (one per GPU) or more"),
-        (["launch", "processes=2", "batch.sequences=7", *RUNNABLE], "must be a multiple of the 2 processes; give 8"),
-    ],
-)
-def test_a_mistake_gets_a_line_and_exit_code_2(
-    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    assert part in captured.err
-    assert captured.out == ""
-
-
 def test_defaults_then_group_then_value() -> None:
     config = compose(
         TrainConfig,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -136,3 +137,19 @@ def test_a_folder_holds_about_twenty_rooms() -> None:
 def test_every_module_says_what_it_is_for() -> None:
     for name, path in modules().items():
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
+
+
+def test_every_test_that_the_docs_name_exists() -> None:
+    named = {
+        (file, test)
+        for page in (ROOT / "docs").glob("*.md")
+        for file, test in re.findall(r"`(test_\w+\.py)::(test_\w+)`", page.read_text(encoding="utf-8"))
+    }
+    there = {
+        (path.name, node.name)
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert len(named) > 50
+    assert named <= there, sorted(named - there)
