@@ -9,6 +9,7 @@ The rooms, in the order a run meets them:
     run_folder  what lies where in a run's folder
     data        token shards → the batch of a step, from seed and step alone
     model       GPT-2 in plain PyTorch, and what has been learned since, by switches
+    mup         how initial values, learning rates and multipliers follow the width
     network/    attention and the loss, its parts
     optim       parameter groups, the learning-rate schedule
     optimizers/ Muon, and how the ranks share its work

@@ -182,6 +182,16 @@ def _faults_of_recipe(c: TrainConfig) -> list[str]:
         faults.append(f"optimizer.cooldown={o.cooldown}: must lie in (0, 1]; give 0.4")
     if not 0 <= m.logit_softcap < float("inf"):
         faults.append(f"model.logit_softcap={m.logit_softcap}: must be 0 (none) or more; give 15")
+    for name in ("mup_base", "mup_base_head"):
+        if getattr(m, name) < 0:
+            faults.append(f"model.{name}={getattr(m, name)}: must be 0 (none) or more; leave it out")
+    if m.mup_base_head and not m.mup_base:
+        faults.append(f"model.mup_base_head={m.mup_base_head}: needs model.mup_base; give both, or leave it out")
+    elif m.mup_base > 0 and m.mup_base_head > m.mup_base:
+        faults.append(
+            f"model.mup_base_head={m.mup_base_head}: a head of model.mup_base={m.mup_base} channels has at most as "
+            f"many; give model.mup_base_head=64"
+        )
     if m.positions is Positions.rotary and m.heads > 0 and m.channels % (2 * m.heads):
         faults.append(
             f"model.positions=rotary: turns pairs of a head's channels, so model.channels={m.channels} must be a "

@@ -29,7 +29,7 @@ import torch
 
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint
-from gpt2train.config import TrainConfig
+from gpt2train.config import ModelConfig, TrainConfig
 from gpt2train.data import TokenWindows
 from gpt2train.distributed import World, on_rank_zero
 from gpt2train.errors import CheckpointError, ConfigError, RunExistsError, RunInUseError
@@ -253,7 +253,8 @@ def open_run(
         if newest is not None:
             state = checkpoint.read_state(newest)
             step = int(state["step"])
-            stands = {f"model.{name}": value for name, value in state["model"].items()}
+            # What was no setting yet when it was saved was as in 2019.
+            stands = {f"model.{name}": value for name, value in ModelConfig.from_json(state["model"]).to_json().items()}
             refuse_changes(folder, wanted, stands | state.get("identity", {}))
         refuse_lost_checkpoints(claimed, step)
         found.append((claimed, shards, remote))

@@ -133,6 +133,11 @@ class ModelConfig:
     """What writes into the residual stream, and a head of its own, start at zero: at first a block changes nothing."""
     logit_softcap: float = 0.0
     """Logits z become s·tanh(z/s) for this s (Gemma Team 2024, "Gemma 2"); 0: they stay."""
+    mup_base: int = 0
+    """Channels of the narrow model that `optimizer.lr` was found with: initial values, learning rates and logits then
+    follow the width by µP (Yang et al. 2022, "Tensor Programs V"), and its best rate is this model's. 0: no µP."""
+    mup_base_head: int = 0
+    """Channels of a head of that model, where this one's are larger; 0: as many as here."""
 
     @property
     def padded_vocabulary(self) -> int:
@@ -299,6 +304,8 @@ class LoggingConfig:
     """Steps between lines on the terminal; metrics.jsonl has every step."""
     wandb: WandbMode = WandbMode.off
     wandb_project: str = "gpt2train"
+    wandb_group: str = ""
+    """Group that the run is shown in; a sweep puts all its runs in one, named as its folder. Empty: none."""
     tensorboard: bool = False
     """Also write `run_dir/tensorboard`; needs `pip install gpt2train[tensorboard]`."""
     layers_every_steps: int = 0

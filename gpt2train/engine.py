@@ -26,7 +26,7 @@ from gpt2train.config import Compile, Offload, OptimizerName, Precision, TrainCo
 from gpt2train.distributed import World, all_rows
 from gpt2train.model import GPT, Block
 from gpt2train.network.float8 import to_float8
-from gpt2train.optim import is_muon, make_optimizer
+from gpt2train.optim import is_hidden_matrix, make_optimizer
 from gpt2train.optimizers.muon import Muon, share_whole
 from gpt2train.optimizers.sharing import Part, Sharing, matrices_of
 
@@ -113,7 +113,7 @@ def build(config: TrainConfig, world: World) -> Any:
     ).to(world.device)
     if config.kernels.fp8:
         to_float8(model, world.device)
-    shapes = {name: (p.shape[0], p.shape[1]) for name, p in model.named_parameters() if is_muon(name, p.ndim)}
+    shapes = {name: (p.shape[0], p.shape[1]) for name, p in model.named_parameters() if is_hidden_matrix(name, p.ndim)}
     dtype = torch.bfloat16 if config.precision is Precision.bf16 else torch.float32
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
     if config.compile is Compile.blocks:
@@ -360,7 +360,7 @@ def _inner(engine: Any) -> Any:
 
 def _is_muon(engine: Any, name: str, parameter: Any) -> bool:
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO 3 leaves a flat rest
-    return isinstance(_inner(engine), Muon) and is_muon(name, len(shape))
+    return isinstance(_inner(engine), Muon) and is_hidden_matrix(name, len(shape))
 
 
 def _make_optimizer_state(engine: Any, step: int | None) -> None:

@@ -136,6 +136,7 @@ class Wandb:
                 self._reached = max((step for file in files for step, _ in wandb_history(file)), default=0)
             self._run = wandb.init(
                 project=config.logging.wandb_project,
+                group=config.logging.wandb_group or None,
                 name=Path(config.run_dir).resolve().name,
                 id=run_id,
                 resume="allow",
@@ -176,7 +177,16 @@ class Wandb:
 
 
 def wandb_history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, values) of what Weights & Biases has recorded in an offline file; a torn end is left out.
+    """(step, values) of what Weights & Biases has recorded in an offline file; a torn end is left out."""
+    for entry in wandb_records(file):
+        if entry.WhichOneof("record_type") == "history":
+            items = entry.history.item
+            values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            yield entry.history.step.num, values
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records of an offline file, as wandb.proto.wandb_internal_pb2 has them; a torn end is left out.
 
     The file is a log in LevelDB's format (doc/log_format.md of google/leveldb): a header of 7 bytes, then blocks of
     32 KiB of pieces, each with a checksum (4 bytes), its length (2), its kind (1: whole; 2, 3, 4: first, next, last).
@@ -197,10 +207,7 @@ def wandb_history(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if kind in (1, 4):
             entry = records.Record()
             entry.ParseFromString(record)
-            if entry.WhichOneof("record_type") == "history":
-                items = entry.history.item
-                values = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-                yield entry.history.step.num, values
+            yield entry
 
 
 class TensorBoard:

@@ -34,6 +34,7 @@ from gpt2train.config import (
     Norm,
     Positions,
 )
+from gpt2train.mup import logit_ratio, matrix_std_ratio
 from gpt2train.network.attention import (
     Attention,
     KeyValueCache,
@@ -146,6 +147,7 @@ class GPT(nn.Module):
         for block in self.h:
             block.attn.kernel = attention_kernel
         self.loss_kernel = loss_kernel
+        self.logit_ratio = logit_ratio(config)
         self.to_empty(device="cpu")
         self.initialize(seed)
 
@@ -155,10 +157,11 @@ class GPT(nn.Module):
 
         The same seed gives the same weights on every rank, whatever else drew random numbers. The paper scales the
         weights of residual layers by 1/√N, N the number of residual layers: two in each block. With `zero_projections`
-        those are zero, and so is a head of its own.
+        those are zero, and so is a head of its own. µP makes the matrices of wide blocks smaller (mup.py).
         """
         generator = torch.Generator().manual_seed(seed)
-        residual_std = INIT_STD / math.sqrt(2 * self.config.layers)
+        matrix_std = INIT_STD * matrix_std_ratio(self.config)
+        residual_std = matrix_std / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
             zero = self.config.zero_projections and name.endswith(("c_proj.weight", "lm_head.weight"))
             if name.endswith("bias") or zero:
@@ -171,7 +174,7 @@ class GPT(nn.Module):
             elif parameter.ndim == 1:  # the gains of layer norms
                 parameter.fill_(1.0)
             else:
-                std = residual_std if name.endswith("c_proj.weight") else INIT_STD
+                std = residual_std if name.endswith("c_proj.weight") else matrix_std
                 parameter.normal_(0.0, std, generator=generator)
 
     def forward(
@@ -219,6 +222,8 @@ class GPT(nn.Module):
         x_BTC = self.ln_f(x_BTC)
         if at_M is not None:
             x_BTC = x_BTC.flatten(0, 1)[at_M]
+        if self.logit_ratio != 1.0:
+            x_BTC = x_BTC * self.logit_ratio
         head_PC = self.wte.weight if self.config.tied_head else self.lm_head.weight
         if targets_BT is None:
             logits_BTV = F.linear(x_BTC, head_PC)[..., : self.config.vocabulary]

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from gpt2train.config import LRSchedule, OptimizerConfig, OptimizerName
+from gpt2train.model import GPT
+from gpt2train.mup import matrix_rate_ratio, width_ratio
 from gpt2train.optimizers.muon import Muon
 
 SHORT_RUN_WARMUP = 10
@@ -24,43 +26,48 @@ DEFAULT_WARMUP_STEPS = 700
 """About 375 million tokens at 524,288 a step, the warm-up of Brown et al. 2020 (GPT-3), appendix B."""
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, width: float = 1.0
+) -> list[dict[str, Any]]:
     """Named parameters → groups: matrices (embeddings too) decay; biases and gains do not.
 
-    Embeddings and a head stand apart where they have a learning rate of their own; for Muon the blocks' matrices do.
-    A group holds `lr_ratio`, its learning rate over that of the schedule, and `muon` where it is for Muon.
+    Embeddings and a head stand apart where they have a learning rate of their own; for Muon, and for a width ratio
+    other than 1 (mup.py), the blocks' matrices do. A group holds `lr_ratio`, its learning rate over that of the
+    schedule, and `muon` where it is for Muon.
     """
-    groups: dict[tuple[float, float, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, float, float, bool], dict[str, Any]] = {}
     for name, parameter in parameters:
         if not parameter.requires_grad:
             continue
-        ratio = 1.0
+        ratio, decay = 1.0, config.weight_decay if parameter.ndim >= 2 else 0.0
         if name in ("wte.weight", "wpe.weight"):
             ratio = config.embedding_lr_ratio
         elif name == "lm_head.weight":
             ratio = config.head_lr_ratio
-        muon = config.name is OptimizerName.muon and is_muon(name, parameter.ndim)
-        decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+        elif is_hidden_matrix(name, parameter.ndim):
+            ratio = matrix_rate_ratio(width, config.name)
+            decay /= ratio
+        muon = config.name is OptimizerName.muon and is_hidden_matrix(name, parameter.ndim)
         group = {"params": [], "weight_decay": decay, "lr_ratio": ratio}
         if config.name is OptimizerName.muon:
             group["muon"] = muon
-        groups.setdefault((parameter.ndim >= 2, ratio, muon), group)["params"].append(parameter)
+        groups.setdefault((parameter.ndim >= 2, decay, ratio, muon), group)["params"].append(parameter)
     return list(groups.values())
 
 
-def is_muon(name: str, dimensions: int) -> bool:
-    """Whether Muon is for this parameter: a matrix between hidden layers, so neither embedding nor head."""
+def is_hidden_matrix(name: str, dimensions: int) -> bool:
+    """Whether this parameter is a matrix between hidden layers, so neither embedding nor head: what Muon is for."""
     return name.startswith("h.") and dimensions == 2
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimizerConfig, device: torch.device, dtype: torch.dtype = torch.float32
+    model: GPT, config: OptimizerConfig, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
     """What `config.name` says, over the groups of `parameter_groups`; Muon orthogonalizes its matrices in `dtype`."""
     if config.name is OptimizerName.adamw:
         return adamw(model, config, device)
     return Muon(
-        parameter_groups(model.named_parameters(), config),
+        parameter_groups(model.named_parameters(), config, width_ratio(model.config)),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -70,10 +77,10 @@ def make_optimizer(
     )
 
 
-def adamw(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def adamw(model: GPT, config: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019) over `model`, with the groups of `parameter_groups`."""
     return torch.optim.AdamW(
-        parameter_groups(model.named_parameters(), config),
+        parameter_groups(model.named_parameters(), config, width_ratio(model.config)),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from data_pipeline.token_shards import TokenShards
-from gpt2train import checkpoint, claim, distributed, engine
+from gpt2train import checkpoint, claim, distributed, engine, mup
 from gpt2train.bounds import check
 from gpt2train.config import Compile, FaultAction, TrainConfig, flops_per_token, micro_batch, parameter_count
 from gpt2train.data import BatchOrder, TokenWindows, derive_seed, micro_batches
@@ -417,6 +417,7 @@ def batch_arithmetic(config: TrainConfig, ranks: int, windows: int) -> list[str]
     return [
         f"model {config.model.name}: {parameters:,} parameters, {config.model.layers} layers, {config.model.channels} "
         f"channels, {config.model.heads} heads, context {config.model.context}",
+        *mup.words(config.model, config.optimizer),
         f"batch: {config.batch.sequences} sequences × {config.model.context} tokens = {tokens_per_step:,} tokens a "
         f"step; {ranks} processes × micro batch {micro} × {accumulation} accumulated, ZeRO {config.zero.stage}, "
         f"{config.precision.value}",

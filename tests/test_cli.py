@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +232,12 @@ def test_a_sweep_takes_text_settings_and_refuses_run_dir(tmp_path: Path, capsys:
     settings = ["model=nano,micro", "steps=1", "device=cpu", "batch.sequences=8", "dry_run=true"]
     odd = tmp_path / "é (1), 'x' $(touch y)"
     assert main(["sweep", *settings, f"out={odd}", f"data={odd}"]) == 0
-    assert capsys.readouterr().out.count("gpt2train train") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("gpt2train train") == 2
+    groups = [word for word in shlex.split(shown) if word.startswith("logging.wandb_group=")]
+    assert [compose(TrainConfig, [word]).logging.wandb_group for word in groups] == [odd.name] * 2
+    assert main(["sweep", *settings, f"out={odd}", f"data={odd}", "logging.wandb_group=mine"]) == 0
+    assert capsys.readouterr().out.count("logging.wandb_group=") == 2, "the one that was given"
     assert main(["sweep", *settings, f"out={odd}", "data=x", "run_dir=y"]) == 2
     assert "each trial gets its own" in capsys.readouterr().err
 

@@ -7,12 +7,22 @@ import os
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gpt2train.config import ModelConfig, Precision, TrainConfig, WandbMode
-from gpt2train.metrics import MetricsFile, Reporter, TensorBoard, Wandb, duration, peak_flops, wandb_history
+from gpt2train.metrics import (
+    MetricsFile,
+    Reporter,
+    TensorBoard,
+    Wandb,
+    duration,
+    peak_flops,
+    wandb_history,
+    wandb_records,
+)
 
 
 def lines(run_dir: Path) -> list[bytes]:
@@ -156,18 +166,31 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def wait_for_ends(files: list[Path], ends: int) -> None:
+    """The sink's own service writes: on a busy machine `finish` may come back before the last records are there."""
+    deadline_s = time.monotonic() + 60
+    while sum(r.WhichOneof("record_type") == "exit" for file in files for r in wandb_records(file)) < ends:
+        assert time.monotonic() < deadline_s, "the sink did not end its files"
+        time.sleep(0.02)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of wandb's own dependencies
 def test_weights_and_biases_offline_keeps_its_run(tmp_path: Path) -> None:
     told: list[str] = []
     for step in (1, 2):
-        sink = Wandb(config(tmp_path, WandbMode.offline), "abc123", told.append)
+        settings = config(tmp_path, WandbMode.offline)
+        settings.logging.wandb_group = "ladder"
+        sink = Wandb(settings, "abc123", told.append)
         sink.log({"step": step, "loss": 1.0})
         sink.close()
+        files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+        wait_for_ends(files, step)
     assert told == []
-    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert {path.name for path in files} == {"run-abc123.wandb"}
     # One curve, whether the two starts fell into one second, which gives the second folder a number, or not.
     assert [step for path in files for step, _ in wandb_history(path)] == [1, 2]
+    started = [r.run for path in files for r in wandb_records(path) if r.WhichOneof("record_type") == "run"]
+    assert {(run.run_id, run.run_group) for run in started} == {("abc123", "ladder")}
 
 
 @pytest.mark.slow

@@ -158,6 +158,30 @@ def test_the_learning_rate_rule() -> None:
     assert diverged.best == {1e4: 0.002}
 
 
+def test_one_rate_for_all_widths() -> None:
+    """What µP promises: the geometric mean of the best rates, whatever a slope through them would say."""
+    trials = [
+        (n, r, abs(math.log(r / best))) for n, best in ((1e4, 0.002), (1e6, 0.008)) for r in (0.002, 0.004, 0.008)
+    ]
+    found = rate_rule(trials, constant=True)
+    assert found is not None
+    assert (found.rate(1e4), found.rate(1e9), found.p) == (0.004, 0.004, 0.0)
+    sloped = rate_rule(trials)
+    assert sloped is not None
+    assert sloped.rate(1e4) == 0.002
+
+
+def test_runs_of_another_parametrization_are_of_another_kind(tmp_path: Path) -> None:
+    runs = []
+    for base in (0, 64):
+        folder = make_run(tmp_path / str(base), 2, 64, 4.0)
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(text.replace("mup_base: 0", f"mup_base: {base}"))
+        runs.append(summary(folder, str(base)))
+    assert [run.mup for run in runs] == [False, True]
+    assert [run.kind for run in runs] == ["gpt2, data", "gpt2, data, µP from 64 channels"]
+
+
 def test_trials_of_a_ladder() -> None:
     axis, faults = size_axis(["2x32x2", "4x128"])
     assert not faults

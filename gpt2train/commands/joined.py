@@ -22,6 +22,9 @@ from gpt2train.planning.choose import with_kept
 from gpt2train.planning.config import SweepConfig
 from launch import config as launch_config
 
+WANDB_GROUP_CHARACTERS = 128
+"""The longest name that Weights & Biases takes for a group (its documentation of `wandb.init`)."""
+
 
 def build_corpus(overrides: Sequence[str]) -> int:
     """The pipeline, handed checked settings; before a take-down, the steps of `runs` that saw what will be gone."""
@@ -107,7 +110,7 @@ def launch_training(overrides: Sequence[str]) -> int:
 def sweep_training(overrides: Sequence[str]) -> int:
     """Every combination of comma-separated values is a trial with its own run folder under `out`."""
     from gpt2train.planning import trials as specs
-    from gpt2train.planning.runs import body_parameter_count
+    from gpt2train.planning.runs import body_parameter_count, kind_of
     from gpt2train.planning.sweep import findings, summarize
     from launch.sweep import Trial, exit_code, sweep
 
@@ -123,9 +126,11 @@ def sweep_training(overrides: Sequence[str]) -> int:
     axes: list[specs.Axis] = [[(o.removeprefix("model="), [o]) for o in axis] for axis in _axes(faults, rest)]
     axes = [sizes, *axes] if sizes else axes
 
+    group = [] if any(o.startswith("logging.wandb_group=") for o in rest) else [_wandb_group(where)]
+
     def trial(spec: specs.Spec, told: list[str]) -> tuple[Trial, TrainConfig]:
         run_dir = Path(where.out) / spec.name
-        settings = [*spec.overrides, f"run_dir={quoted(str(run_dir))}"]
+        settings = [*spec.overrides, *group, f"run_dir={quoted(str(run_dir))}"]
         of_trial: list[str] = []
         config = _train_config(of_trial, settings, ranks)
         told += [fault if spec.name == "single" else f"{spec.name}: {fault}" for fault in of_trial]
@@ -146,12 +151,16 @@ def sweep_training(overrides: Sequence[str]) -> int:
         results = [] if where.summary_only else sweep(run, how)
         if how.dry_run or exit_code(results) == REQUEUE_EXIT_CODE:
             return exit_code(results)
-        rule = findings("", _finished(run), {}).rule
-        if rule is None:
-            raise GPT2TrainError(f"{where.out}: no trial of the grid rates={where.rates} has ended; see their logs")
-        trials = [
-            trial(spec, faults)[0] for spec in specs.at_rates(axes, [rule.rate(parameters[t.name]) for t, _ in made])
-        ]
+        ended = _finished(run)
+        kinds = [kind_of(config) for _, config in made]
+        rules = {kind: findings(kind, [r for r in ended if r.kind == kind], {}).rule for kind in set(kinds)}
+        found = [rule.rate(parameters[t.name]) for (t, _), k in zip(made, kinds, strict=True) if (rule := rules[k])]
+        if len(found) < len(made):
+            without = ", ".join(sorted(kind for kind, rule in rules.items() if rule is None))
+            raise GPT2TrainError(
+                f"{where.out}: of {without}, no two trials of the grid rates={where.rates} have ended; see their logs"
+            )
+        trials = [trial(spec, faults)[0] for spec in specs.at_rates(axes, found)]
         trials = [t for t in trials if t.run_dir not in {r.run_dir for r in run}]
     if how.launcher is launch_config.Launcher.slurm and not where.summary_only:
         return _sweep_by_slurm(how, where, trials, [*sweep_overrides, *rest])
@@ -165,6 +174,11 @@ def sweep_training(overrides: Sequence[str]) -> int:
         models[where.forecast] = replace(asked, vocabulary=last.vocabulary, context=last.context)
     code = int(summarize([t.run_dir for t in [*run, *trials]], Path(where.out), models=models))
     return exit_code(results) or code
+
+
+def _wandb_group(where: SweepConfig) -> str:
+    """All runs of one sweep stand together in Weights & Biases, under the name of its folder."""
+    return f"logging.wandb_group={quoted(Path(where.out).absolute().name[:WANDB_GROUP_CHARACTERS])}"
 
 
 def _finished(trials: Sequence[Any]) -> list[Any]:

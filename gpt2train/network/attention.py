@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train.config import AttentionKernel, ModelConfig
+from gpt2train.mup import attention_scale
 
 ROTARY_BASE = 10_000.0
 """Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2."""
@@ -93,6 +94,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.qk_norm = config.heads, config.dropout, config.qk_norm
         self.kernel = AttentionKernel.auto
+        self.scale = attention_scale(config)
         self.c_attn = nn.Linear(config.channels, 3 * config.channels, bias=config.biases)
         self.c_proj = nn.Linear(config.channels, config.channels, bias=config.biases)
 
@@ -126,6 +128,7 @@ class Attention(nn.Module):
                 attn_mask=mask,
                 is_causal=mask is None and T > 1,
                 dropout_p=self.dropout if self.training else 0.0,
+                scale=self.scale,
             )
         y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y_BTC, self.dropout, self.training)

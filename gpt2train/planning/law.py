@@ -212,10 +212,11 @@ class RateRule:
         return float(f"{self.c * parameters**self.p:.3g}")
 
 
-def rate_rule(trials: Sequence[tuple[float, float, float]]) -> RateRule | None:
+def rate_rule(trials: Sequence[tuple[float, float, float]], *, constant: bool = False) -> RateRule | None:
     """From (parameters, learning rate, loss); None where no size had two learning rates.
 
-    With one such size its best is everyone's (p = 0); trials whose loss is not finite count as the worst.
+    With one such size its best is everyone's (p = 0); so is the geometric mean of all bests where the rate is to be
+    `constant`, as µP promises. Trials whose loss is not finite count as the worst.
     """
     by_size: dict[float, list[tuple[float, float]]] = {}
     for parameters, rate, loss in trials:
@@ -238,8 +239,8 @@ def rate_rule(trials: Sequence[tuple[float, float, float]]) -> RateRule | None:
             best[parameters] = math.exp(x[1] - slope / (2 * curve)) if curve > 0 else best[parameters]
     if not best:
         return None
-    if len(best) == 1:
-        return RateRule(next(iter(best.values())), 0.0, best, edges)
+    if constant or len(best) == 1:
+        return RateRule(math.exp(float(np.mean(np.log(list(best.values()))))), 0.0, best, edges)
     p, log_c = np.polyfit(np.log(list(best)), np.log(list(best.values())), 1)
     return RateRule(math.exp(log_c), float(p), best, edges)
 

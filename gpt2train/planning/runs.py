@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from gpt2train.charts import Point
-from gpt2train.config import ModelConfig, flops_per_token, parameter_count
+from gpt2train.config import ModelConfig, TrainConfig, flops_per_token, parameter_count
 from gpt2train.run_folder import last_value, read_metrics, read_run_config, series
 
 
@@ -42,7 +42,9 @@ class RunSummary:
     lr: float = 0.0
     """Peak learning rate."""
     kind: str = ""
-    """Recipe and data: only runs of one kind follow one law."""
+    """Recipe, data and parametrization: only runs of one kind follow one law."""
+    mup: bool = False
+    """Whether the learning rate is one for all widths (gpt2train/mup.py)."""
 
     @property
     def finished(self) -> bool:
@@ -52,6 +54,12 @@ class RunSummary:
 def body_parameter_count(model: ModelConfig) -> int:
     """Parameters without token and position embeddings."""
     return parameter_count(model) - (model.vocabulary + model.context) * model.channels
+
+
+def kind_of(config: TrainConfig) -> str:
+    """Recipe, data and parametrization, which a law and a learning-rate rule are of."""
+    mup = f", µP from {config.model.mup_base} channels" if config.model.mup_base else ""
+    return f"{config.recipe}, {Path(config.data.path).parent.name or 'data'}{mup}"
 
 
 def summary(run_dir: Path, name: str) -> RunSummary:
@@ -77,5 +85,6 @@ def summary(run_dir: Path, name: str) -> RunSummary:
         curve=[(tokens_by_step[step], loss) for step, loss in losses if step in tokens_by_step],
         model=config.model.name,
         lr=config.optimizer.lr,
-        kind=f"{config.recipe}, {Path(config.data.path).parent.name or 'data'}",
+        kind=kind_of(config),
+        mup=bool(config.model.mup_base),
     )

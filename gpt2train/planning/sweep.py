@@ -83,7 +83,8 @@ def findings(kind: str, runs: Sequence[RunSummary], models: Mapping[str, ModelCo
     tried: dict[int, list[tuple[float, float, float]]] = {}
     for r in ended:
         tried.setdefault(r.tokens, []).append((float(r.body_parameters), r.lr, r.validation_loss or math.nan))
-    rule = rate_rule(tried[min(tried)]) if tried else None
+    constant = bool(runs) and all(r.mup for r in runs)
+    rule = rate_rule(tried[min(tried)], constant=constant) if tried else None
     forecasts = [_forecast(name, model, law, rule) for name, model in models.items()] if law is not None else []
     return Findings(kind, points, law, held_out, _naive_miss(points, held_out), rule, forecasts)
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpt2train import mup
 from gpt2train.config import (
     ModelConfig,
     TrainConfig,
@@ -50,6 +51,7 @@ def _head(config: TrainConfig, ranks: int) -> list[str]:
     padded = parameter_count(model, padded=True)
     if padded != parameter_count(model):
         lines.append(f"  {padded:,} in memory: the embedding has {model.padded_vocabulary:,} rows for speed")
+    lines += [f"  {line}" for line in mup.words(model, config.optimizer)]
     room = room_bytes(config, ranks)
     each = f", {room / GIB:.1f} GiB each" if room else ""
     if cluster.name:

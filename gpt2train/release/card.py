@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt2train import mup
 from gpt2train.claim import RUN
 from gpt2train.config import (
     VOCABULARY,
@@ -159,6 +160,7 @@ def _training_rows(
             ("recipe", config.recipe),
             ("batch", f"{config.batch.sequences} sequences of {model.context:,} tokens"),
             ("optimizer", _optimizer(o)),
+            *(("parametrization", line) for line in mup.words(model, o)),
             ("learning rate", f"{o.lr}, {o.schedule.value}, down to {o.min_lr_ratio} of it"),
             ("gradient clipping", f"norm {o.clip_grad_norm}" if o.clip_grad_norm else "none"),
             ("dropout", str(model.dropout)),

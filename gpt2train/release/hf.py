@@ -25,6 +25,7 @@ from gpt2train import checkpoint
 from gpt2train.config import Device, ModelConfig
 from gpt2train.errors import CheckpointError, ConfigError
 from gpt2train.model import GPT, LAYER_NORM_EPS
+from gpt2train.mup import logit_ratio, query_ratio
 from gpt2train.release import nanochat
 
 _PREFIX = "transformer."
@@ -57,11 +58,20 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf_state(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our weights as GPT2LMHeadModel's state, without the tied `lm_head.weight`, which transformers restores."""
+    """Our weights as GPT2LMHeadModel's state, without the tied `lm_head.weight`, which transformers restores.
+
+    It has no place for µP's multipliers: that of the logits goes into the last norm's gains and biases, that of the
+    scores into the queries.
+    """
     state = {}
     for name, shape in parameter_shapes(config).items():
         weight = weights[name]
         assert tuple(weight.shape) == shape, f"{name}: expected {shape}, got {tuple(weight.shape)}"
+        if name.startswith("ln_f."):
+            weight = weight * logit_ratio(config)
+        if ".attn.c_attn." in name and query_ratio(config) != 1.0:
+            queries, others = weight.split((config.channels, 2 * config.channels))
+            weight = torch.cat([queries * query_ratio(config), others])
         if name == "wte.weight":
             weight = weight[: config.vocabulary]
         if TRANSPOSED.fullmatch(name):
@@ -213,7 +223,7 @@ def is_hf_folder(path: str | Path) -> bool:
 def architecture(config: ModelConfig) -> str:
     """`gpt2` or `nanochat`, the model type under which transformers computes the same function.
 
-    Raises ConfigError for a mixture of both, which it has no name for.
+    Raises ConfigError for a mixture of both, which it has no name for, and for multipliers of µP without a place in it.
     """
     defaults, shown = ModelConfig(), config.to_json()
     network = (*nanochat.NETWORK, "tied_head", "logit_softcap")
@@ -222,6 +232,8 @@ def architecture(config: ModelConfig) -> str:
         return "gpt2"
     missing = nanochat.differences(config)
     if not missing:
+        if faults := nanochat.mup_faults(config):
+            raise ConfigError(faults)
         return nanochat.MODEL_TYPE
     raise ConfigError(
         [

@@ -18,6 +18,7 @@ import torch
 from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train.config import Activation, ModelConfig, Norm, Positions
 from gpt2train.errors import ConfigError
+from gpt2train.mup import logit_ratio, query_ratio
 from gpt2train.network.attention import RMS_NORM_EPS, ROTARY_BASE
 
 MODEL_TYPE, ARCHITECTURE = "nanochat", "NanoChatForCausalLM"
@@ -42,6 +43,23 @@ def differences(config: ModelConfig) -> list[str]:
     """Settings that keep a model from being a NanoChat, as `model.NAME=VALUE`; empty when it is one."""
     shown = config.to_json()
     return [f"model.{name}={shown[name]}" for name, value in NETWORK.items() if getattr(config, name) != value]
+
+
+def mup_faults(config: ModelConfig) -> list[str]:
+    """Multipliers of µP that no weight of a NanoChat can take in, one line each."""
+    stays = "`gpt2train generate` and `evaluate` take the run as it is"
+    faults = []
+    if config.tied_head and logit_ratio(config) != 1.0:
+        faults.append(
+            f"model.mup_base={config.mup_base}: a NanoChat whose head is the embedding has no place for logits × "
+            f"{logit_ratio(config):.4g}; train with model.tied_head=false to export it; {stays}"
+        )
+    if query_ratio(config) != 1.0:
+        faults.append(
+            f"model.mup_base_head={config.mup_base_head}: a NanoChat norms its queries, so scores × "
+            f"{query_ratio(config):.4g} have no place in it; train with heads of one size to export it; {stays}"
+        )
+    return faults
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -74,10 +92,14 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_hf_state(weights: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our weights as NanoChatForCausalLM's state, without a tied `lm_head.weight`, which transformers restores."""
+    """Our weights as NanoChatForCausalLM's state, without a tied `lm_head.weight`, which transformers restores.
+
+    µP's multiplier of the logits goes into the head.
+    """
+    assert not mup_faults(config), "hf.architecture refuses them"
     state = {"model.embed_tokens.weight": weights["wte.weight"][: config.vocabulary]}
     if not config.tied_head:
-        state["lm_head.weight"] = weights["lm_head.weight"][: config.vocabulary]
+        state["lm_head.weight"] = weights["lm_head.weight"][: config.vocabulary] * logit_ratio(config)
     for i in range(config.layers):
         for name, part in zip("qkv", weights[f"h.{i}.attn.c_attn.weight"].chunk(3), strict=True):
             state[f"model.layers.{i}.self_attn.{name}_proj.weight"] = part
