@@ -36,7 +36,7 @@ from data_pipeline.crawl.http.get import HttpClient
 from data_pipeline.crawl.lanes import SLOW_LANE_FACTOR
 from data_pipeline.crawl.rescue import Rescue, is_dead
 from data_pipeline.crawl.scheduler import OPEN_SHARDS, Scheduler
-from data_pipeline.crawl.url_syntax import host_of, origin_of, port_of
+from data_pipeline.crawl.url_syntax import host_of, origin_of, port_of, starts_normal
 from data_pipeline.records import (
     FAILED,
     KEPT,
@@ -96,7 +96,7 @@ def demand_contact(shards: Sequence[FetchShard], config: FetchConfig) -> None:
         with pq.ParquetFile(shard.urls) as parquet:
             for batch in parquet.iter_batches(columns=["url"]):
                 for url in batch.column(0).to_pylist():
-                    if (origin := origin_of(url)) in seen:
+                    if not starts_normal(url) or (origin := origin_of(url)) in seen:
                         continue
                     seen.add(origin)
                     host = host_of(url)

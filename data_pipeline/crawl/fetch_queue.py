@@ -65,10 +65,11 @@ class Host:
 
 
 def host_counts(urls: pa.ChunkedArray) -> Counter[str]:
-    """Host → how many of `urls` (normal forms) are its own."""
+    """Host → how many of `urls` (normal forms) are its own; what is no such form counts for some host or other."""
     counts: Counter[str] = Counter()
     if len(urls):
-        authorities = pc.list_element(pc.split_pattern(urls, "/", max_splits=3), 2)
+        with_third_part = pc.binary_join_element_wise(urls, "//", "")
+        authorities = pc.list_element(pc.split_pattern(with_third_part, "/", max_splits=3), 2)
         for item in pc.value_counts(authorities).to_pylist():
             counts[host_of(f"http://{item['values']}/")] += item["counts"]
     return counts

@@ -34,7 +34,7 @@ from data_pipeline.crawl.page_rules import REDIRECTS, header_refusal, page_body,
 from data_pipeline.crawl.robots_cache import RobotsCache
 from data_pipeline.crawl.shared_turns import SharedTurns
 from data_pipeline.crawl.tail import Backlog
-from data_pipeline.crawl.url_syntax import host_of, origin_of
+from data_pipeline.crawl.url_syntax import host_of, origin_of, starts_normal
 from data_pipeline.records import DROPPED, FAILED, KEPT, AccountingError
 
 DROPPED_REASONS = frozenset(("robots", "noindex", "wrong_type", "blocked_address", "bad_scheme", "crawl_delay"))
@@ -152,7 +152,11 @@ class Scheduler:
     def _fill(self, shard: OpenShard) -> None:
         for url in itertools.islice(shard.rows, WAITING_URLS - shard.waiting):
             shard.waiting += 1
-            self._enqueue(Job(shard, url, url, earlier=shard.earlier.get(url)))
+            job = Job(shard, url, url, earlier=shard.earlier.get(url))
+            if starts_normal(url):
+                self._enqueue(job)
+            else:  # the first stage lets none through, but its file may have been tampered with
+                self._decide(job, DROPPED, "bad_scheme", "no http or https URL in normal form")
         # Whether the iterator is at its end shows only at the next row.
         if shard.waiting < WAITING_URLS:
             shard.exhausted = True

@@ -41,7 +41,7 @@ class Backlog:
 
     def decided(self, host: str) -> None:
         self._left[host] -= 1
-        if not self._left[host]:
+        if self._left[host] <= 0:
             del self._left[host]
 
     def left(self, host: str) -> int:

@@ -32,6 +32,7 @@ TRACKING_PARAMETERS = frozenset(
 )  # fmt: skip
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_NORMAL_START = re.compile(r"https?://(?:\[[0-9a-f:.]+\]|[^\s/?#@:\\\[\]]+)(?::[0-9]{1,5})?(?:[/?]|\Z)")
 _CREDENTIALS = re.compile(r"^(\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]{2,})[^/\\?#]*@")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _C0_OR_SPACE = "".join(map(chr, range(0x21)))
@@ -110,11 +111,17 @@ def _split_normal(url: str) -> tuple[str, str, str, str]:
     return scheme, authority, slash + path, query
 
 
+def starts_normal(url: str) -> bool:
+    """Whether scheme, host and port stand as in a normal form, so that `host_of` and `port_of` can tell them. A quick
+    look at URLs that are said to be normal, not a check that they are."""
+    return _NORMAL_START.match(url) is not None
+
+
 def host_of(url: str) -> str:
     """The host of a URL in normal form, without brackets."""
     authority = origin_of(url).partition("://")[2]
     if authority.startswith("["):
-        return authority[1 : authority.index("]")]
+        return authority[1:].partition("]")[0]
     return authority.partition(":")[0]
 
 
