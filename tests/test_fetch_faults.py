@@ -106,7 +106,8 @@ def test_every_hop_is_vetted(tmp_path: Path, site: Site) -> None:
     base = f"http://{{}}.test:{site.port}"
     site.default = response()
     site.pages = {"/robots.txt": response(b"", "404 Not Found")}
-    pages, sites = [], []
+    pages: list[str] = []
+    sites: list[str] = []
     for far in range(1, 6):
         for target in ("10.0.0.8", "[::ffff:192.168.0.1]", "169.254.169.254", "inside.test"):
             way = f"w{far}{len(pages)}"
