@@ -38,7 +38,7 @@ from benchmarks.web_server import HOSTS, serving
 from data_pipeline.config import FetchConfig
 from data_pipeline.crawl.fetch import FetchShard, fetch_shards, finish_shard
 from data_pipeline.crawl.http.get import HttpClient
-from data_pipeline.pipeline import ROWS_PER_SHARD
+from data_pipeline.entrances import ROWS_PER_SHARD
 from data_pipeline.records import URL_SCHEMA
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl.urls import count_urls, write_url_shards
-from data_pipeline.pipeline import ROWS_PER_SHARD
+from data_pipeline.entrances import ROWS_PER_SHARD
 
 
 def write_list(path: Path, rows: int) -> None:
