@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.fetch
 	$(BIN)/python -m benchmarks.corpus
 	$(BIN)/python -m benchmarks.join
+	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.sweep
