@@ -24,7 +24,8 @@ import torch
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.compose import CONFIG_FOLDER, compose
 from gpt2train.config import TrainConfig
-from gpt2train.generation.decoding import DRAFT_TOKENS, Decoding, lay_for_decoding
+from gpt2train.generation.decoding import DRAFT_TOKENS, Decoding
+from gpt2train.generation.products import lay_for_decoding
 from gpt2train.generation.sampling import GREEDY, Sampling
 from gpt2train.model import GPT
 from gpt2train.release.hf import hf_config, load_model, to_hf_state

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,7 +89,8 @@ class MLP(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         h_BTC = self.c_fc(x_BTC)
         h_BTC = F.gelu(h_BTC, approximate="tanh") if self.activation is Activation.gelu else F.relu(h_BTC).square()
-        return F.dropout(self.c_proj(h_BTC), self.dropout, self.training)
+        y_BTC = self.c_proj(h_BTC)
+        return F.dropout(y_BTC, self.dropout) if self.training else y_BTC
 
 
 class Block(nn.Module):
@@ -148,6 +150,8 @@ class GPT(nn.Module):
             block.attn.kernel = attention_kernel
         self.loss_kernel = loss_kernel
         self.logit_ratio = logit_ratio(config)
+        self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
+        """Of the last positions with the vocabulary's matrix; `generation/products` has another."""
         self.to_empty(device="cpu")
         self.initialize(seed)
 
@@ -211,7 +215,8 @@ class GPT(nn.Module):
             turns = rotation(positions, self.config.channels // self.config.heads, x_BTC.dtype)
         if self.config.embedding_norm:
             x_BTC = self.ln_e(x_BTC)
-        x_BTC = F.dropout(x_BTC, self.config.dropout, self.training)
+        if self.training:
+            x_BTC = F.dropout(x_BTC, self.config.dropout)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
                 x_BTC = self._checkpointed(block, x_BTC, mask_B1TT, turns)
@@ -226,7 +231,7 @@ class GPT(nn.Module):
             x_BTC = x_BTC * self.logit_ratio
         head_PC = self.wte.weight if self.config.tied_head else self.lm_head.weight
         if targets_BT is None:
-            logits_BTV = F.linear(x_BTC, head_PC)[..., : self.config.vocabulary]
+            logits_BTV = self.product(x_BTC, head_PC)[..., : self.config.vocabulary]
             return softcapped(logits_BTV, self.config.logit_softcap)
         return cross_entropy(
             x_BTC.flatten(0, 1),

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import EvaluateConfig, TrainConfig
-from gpt2train.generation.sampling import keep_top_k
+from gpt2train.generation.sampling import Sampling, next_token
 from gpt2train.run_folder import PROFILE
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K, SAMPLE_SEED = 0.8, 40, 0
@@ -52,10 +52,10 @@ def sample_text(forward: Callable[[Tensor], Tensor], config: EvaluateConfig, *, 
     tokens = tokenizer.encode(config.sample_prompt).tolist() or [END_OF_TEXT]
     start = len(tokens)
     generator = torch.Generator().manual_seed(SAMPLE_SEED)
+    sampling = Sampling(temperature=SAMPLE_TEMPERATURE, top_k=SAMPLE_TOP_K)
     for _ in range(config.sample_tokens):
         logits_V = forward(torch.tensor([tokens[-context:]], device=device))[0, -1, :VOCABULARY].float().cpu()
-        kept = keep_top_k(logits_V.nan_to_num(nan=0.0) / SAMPLE_TEMPERATURE, SAMPLE_TOP_K)
-        tokens.append(int(torch.multinomial(kept.softmax(-1), 1, generator=generator)))
+        tokens.append(next_token(logits_V.nan_to_num(nan=0.0), sampling, tokens, generator))
     new = tokens[start:]
     return config.sample_prompt + tokenizer.decode(new[: new.index(END_OF_TEXT)] if END_OF_TEXT in new else new)
 

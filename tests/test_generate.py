@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,20 +19,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from scipy.stats import chisquare
+from torch.nn import functional as F
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import ModelConfig
+from gpt2train.config import Activation, ModelConfig, Norm, Positions
 from gpt2train.errors import ConfigError, NonFiniteError
 from gpt2train.generation.config import GenerateConfig
-from gpt2train.generation.decoding import Decoding, lay_for_decoding, sample
+from gpt2train.generation.decoding import Decoding, sample
 from gpt2train.generation.drafting import Drafts
 from gpt2train.generation.embedding import hidden_states
 from gpt2train.generation.generate import generate
+from gpt2train.generation.products import OneRowLinear, lay_for_decoding, numpy_has_openblas, one_row_linear
 from gpt2train.generation.sampling import GREEDY as GREEDILY
-from gpt2train.generation.sampling import Sampling, keep_top_k, keep_top_p, next_token, penalize_repetition
+from gpt2train.generation.sampling import Sampling, _drawn, kept_tokens, next_token, penalize_repetition
 from gpt2train.generation.text import TextStream, utf8_stream
-from gpt2train.model import GPT
+from gpt2train.model import GPT, KeyValueCache
 from gpt2train.release.export import _write_json
 from gpt2train.release.hf import hf_config, to_hf_state
 
@@ -92,46 +96,108 @@ def logit_rows() -> Iterator[torch.Tensor]:
     yield torch.tensor([[0.0, -torch.inf, 3.0, -torch.inf]])
 
 
-@pytest.mark.parametrize("k", [1, 2, 40, 999, 1000, 5000])
-def test_top_k_is_that_of_transformers(k: int) -> None:
-    for logits in logit_rows():
-        expected = transformers.TopKLogitsWarper(k)(None, logits.clone())
-        assert torch.equal(keep_top_k(logits, k), expected)
+def theirs_keep(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
+    """The logits as transformers' two filters leave them."""
+    if k:
+        logits = transformers.TopKLogitsWarper(k)(None, logits.clone())
+    return transformers.TopPLogitsWarper(p)(None, logits.clone()) if p < 1 else logits
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9, 0.999, 1.0])
-def test_top_p_is_that_of_transformers(p: float) -> None:
+@pytest.mark.parametrize("k", [0, 1, 2, 40, 999, 1000, 5000])
+def test_top_k_and_top_p_are_those_of_transformers(k: int, p: float) -> None:
     for logits in logit_rows():
-        expected = transformers.TopPLogitsWarper(p)(None, logits.clone()) if p < 1 else logits
-        assert torch.equal(keep_top_p(logits, p), expected)
+        for row, expected in zip(logits, theirs_keep(logits, k, p).isfinite(), strict=True):
+            ids = kept_tokens(row.numpy(), k, p)
+            kept = torch.ones(row.numel(), dtype=torch.bool)
+            if ids is not None:
+                assert (np.diff(ids) > 0).all()
+                kept = torch.zeros_like(kept).index_fill(0, torch.from_numpy(ids), True)
+            kept &= row.isfinite()  # a logit of -inf has no probability, kept or not
+            # Among logits equal to the last kept, theirs is a matter of the sort; here all stay.
+            least = row[expected].min()
+            assert torch.equal(kept, row >= least)
+            assert torch.equal(kept & (row > least), expected & (row > least))
 
 
-def test_top_k_of_zero_keeps_all() -> None:
-    for logits in logit_rows():
-        assert keep_top_k(logits, 0) is logits
+@pytest.mark.parametrize("spread", [0.01, 1.0, 4.0, 20.0])
+def test_the_nucleus_of_a_whole_vocabulary(spread: float) -> None:
+    """From one token to most of them: the first look at the largest suffices, or does not, or all are sorted."""
+    logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(1)) * spread
+    descending, order = logits.double().sort(descending=True)
+    sums = descending.softmax(-1).cumsum(-1)
+    for p in (0.05, 0.5, 0.9, 0.95, 0.999):
+        expected = order[: int((sums < p).sum()) + 1].sort().values
+        ids = kept_tokens(logits.numpy(), 0, p)
+        assert ids is not None
+        # Two sums in another order may differ on the one token with which p is reached.
+        assert len(set(ids.tolist()) ^ set(expected.tolist())) <= 1
+        assert set(ids.tolist()) == set(expected.tolist()) or (sums - p).abs().min() < 1e-6
 
 
-def test_tokens_are_drawn_with_their_probabilities() -> None:
-    logits, generator = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5]), torch.Generator().manual_seed(5)
-    chosen = Sampling(temperature=0.7, top_k=4, top_p=0.97)
-    draws = [next_token(logits, chosen, [], generator) for _ in range(20_000)]
-    # top-k takes away index 3; of the others the likeliest reach .97 only together.
-    expected = (torch.tensor([1.0, 0.0, 2.0, -torch.inf, 0.5]) / 0.7).softmax(-1)
-    found = torch.bincount(torch.tensor(draws), minlength=5) / len(draws)
-    assert found[3] == 0
-    assert (found - expected).abs().max().item() < 0.015  # over four standard deviations
+def plainly(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The probabilities that tokens are to be drawn with: transformers' filters and a softmax, in float64."""
+    kept = theirs_keep(logits[None] / sampling.temperature, sampling.top_k, sampling.top_p)
+    return kept[0].double().softmax(-1)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7, top_k=4, top_p=0.97),
+        Sampling(temperature=1.7, top_k=12),
+        Sampling(temperature=0.8, top_p=0.8),
+    ],
+)
+def test_tokens_are_drawn_with_their_probabilities(sampling: Sampling) -> None:
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(3)) * 1.5
+    expected, draws = plainly(logits, sampling).numpy(), 20_000
+    generator = torch.Generator().manual_seed(5)
+    found = np.bincount([next_token(logits, sampling, [], generator) for _ in range(draws)], minlength=30)
+    assert (found[expected == 0] == 0).all()
+    often = expected * draws >= 5
+    rare = ~often & (expected > 0)
+    observed, wanted = [*found[often], found[rare].sum()], [*expected[often] * draws, expected[rare].sum() * draws]
+    if not rare.any():
+        observed, wanted = observed[:-1], wanted[:-1]
+    # The seed is fixed, so this passes always or never; a draw that favors a token by a tenth fails it.
+    assert chisquare(observed, wanted).pvalue > 0.01
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=40), Sampling(top_p=0.9)])
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(sampling: Sampling) -> None:
+    """Over GPT-2's vocabulary: the token at which the plain distribution's sum passes the generator's number."""
+    ours, same = torch.Generator().manual_seed(11), torch.Generator().manual_seed(11)
+    for seed in range(20):
+        logits = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+        sums = plainly(logits, sampling).cumsum(-1)
+        uniform = torch.rand((), dtype=torch.float64, generator=same)
+        token = next_token(logits, sampling, [], ours)
+        before = sums[token - 1] if token else torch.tensor(0.0)
+        assert before - 1e-6 <= uniform <= sums[token] + 1e-6
+        assert sums[token] > before
+
+
+def test_a_draw_takes_no_token_without_probability() -> None:
+    """At both ends of the interval, with tokens there whose probability is 0."""
+    logits = np.array([-np.inf, 0.0, -1e30, 1.0, -np.inf], dtype=np.float32)
+    assert _drawn(logits, 0.0) == 1
+    assert _drawn(logits, math.nextafter(1.0, 0.0)) == 3
 
 
 def test_a_small_temperature_does_not_overflow() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([3.0, 3.5, -80.0])
-    assert {next_token(logits, Sampling(temperature=1e-38), [], generator) for _ in range(9)} == {1}
+    for temperature in (1e-38, 1e-300):
+        assert {next_token(logits, Sampling(temperature=temperature), [], generator) for _ in range(9)} == {1}
 
 
 def test_a_diverged_model_is_named() -> None:
-    logits = torch.tensor([0.0, float("nan")])
-    with pytest.raises(NonFiniteError, match="logits are not finite; choose an earlier checkpoint"):
-        next_token(logits, GREEDILY, [], torch.Generator())
+    for wrong in (math.nan, math.inf, -math.inf):
+        with pytest.raises(NonFiniteError, match="logits are not finite; choose an earlier checkpoint"):
+            next_token(torch.tensor([0.0, wrong, -wrong, 1.0]), GREEDILY, [], torch.Generator())
+    assert next_token(torch.tensor([3e38, 3.1e38, -1.0]), GREEDILY, [], torch.Generator()) == 1  # large is not wrong
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.3, 2.0])
@@ -265,11 +331,60 @@ def test_wrong_guesses_are_followed_by_pauses_that_grow() -> None:
     assert not drafts.guess(6)
 
 
-def test_the_order_of_memory_changes_no_text() -> None:
-    model = lively(TINY)
-    expected = list(sample(model, [5, 6, 7], max_new_tokens=80, **GREEDY))
-    assert list(sample(lay_for_decoding(model), [5, 6, 7], max_new_tokens=80, **GREEDY)) == expected
-    assert model.h[0].mlp.c_fc.weight.stride() == (1, model.h[0].mlp.c_fc.weight.shape[0])
+MODERN = replace(
+    TINY, positions=Positions.rotary, qk_norm=True, activation=Activation.relu2, norm=Norm.rms, biases=False,
+    tied_head=False, embedding_norm=True, logit_softcap=15.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("config", [TINY, MODERN], ids=["2019", "modern"])
+def test_a_model_laid_for_decoding_is_the_same_model(config: ModelConfig, threads: int) -> None:
+    """One position, several, several rows: logits, weights and greedy text, with numpy's products and with torch's."""
+    plain, laid = lively(config), lively(config)
+    torch.set_num_threads(threads)
+    lay_for_decoding(laid)
+    torch.set_num_threads(1)
+    assert isinstance(laid.h[0].mlp.c_fc, OneRowLinear) == (threads == 1 and numpy_has_openblas())
+    assert laid.h[0].mlp.c_fc.weight.stride() == (1, 128)
+    state = laid.state_dict()
+    assert list(state) == list(plain.state_dict())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
+    with torch.no_grad():
+        for rows, lengths in ((1, (1, 1, 5, 1)), (3, (7, 1, 2))):
+            caches = [KeyValueCache(config, batch=rows) for _ in range(2)]
+            for length in lengths:
+                tokens = torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(length))
+                expected, got = (m(tokens, cache=c) for m, c in zip((plain, laid), caches, strict=True))
+                assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
+    expected_text = list(sample(plain, [5, 6, 7], max_new_tokens=70, **GREEDY))
+    assert list(sample(laid, [5, 6, 7], max_new_tokens=70, **GREEDY)) == expected_text
+
+
+def test_one_row_is_multiplied_as_torch_does_it() -> None:
+    """Also a view, a matrix in either order, and with and without a bias; more rows than one go to torch."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = (torch.randn(s, generator=generator).requires_grad_() for s in ((48, 32), (48,)))
+    many = torch.randn(2, 3, 64, generator=generator)[..., ::2]
+    for x in (many, many[:1, :1], many[0, 0], many[:, :1]):
+        for matrix in (weight, weight.t().contiguous().t()):
+            for added in (bias, None):
+                with torch.inference_mode():
+                    got = one_row_linear(x, matrix, added)
+                expected = F.linear(x.double(), matrix.double(), None if added is None else added.double())
+                assert got.shape == expected.shape
+                assert not got.requires_grad
+                assert (got - expected).abs().max() < 1e-5
+
+
+def test_of_a_prompt_one_position_has_logits() -> None:
+    """The product with the vocabulary, made of every position, would cost more than the rest of a small model."""
+    model, positions = lively(TINY), []
+    product = model.product
+    model.product = lambda x, weight: positions.append(x.shape[:-1].numel()) or product(x, weight)
+    for _ in Decoding(model, [[1, 2, 3, 4], [1, 2, 3]], GREEDILY, seeds=[0, 0], max_new_tokens=3):
+        pass
+    assert positions == [2, 2, 2, 1]  # the longer prompt is a token ahead, and ends first
 
 
 def test_a_row_that_meets_the_end_leaves_the_others_alone() -> None:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from gpt2train.generation.drafting import Drafts
@@ -31,18 +30,6 @@ STOP, LENGTH = "stop", "length"
 
 DRAFT_TOKENS = 8
 """Tokens guessed at once at the most; 0: none."""
-
-
-def lay_for_decoding(model: GPT) -> GPT:
-    """The same model with its matrices in the order of memory in which a CPU reads them fastest for one position.
-
-    As [in, out] the product with a vector takes 20 to 40 % less time there (docs/performance.md); the values stay.
-    """
-    if model.wte.weight.device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.data = module.weight.data.t().contiguous().t()
-    return model
 
 
 class Decoding:
@@ -82,7 +69,7 @@ class Decoding:
         """How many tokens the row has got so far."""
         return len(self._said[row]) - self._prompt_tokens[row]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __iter__(self) -> Iterator[tuple[int, int]]:
         config, parameter = self._model.config, self._model.wte.weight
         live = list(range(len(self._said)))
@@ -95,9 +82,12 @@ class Decoding:
         drafts: Drafts | None = None
         guessed: list[int] = []
         while live:
-            logits_BTV = self._model(torch.tensor(fresh, device=parameter.device), cache=cache)
-            # Host-device sync, once a pass. Behind guesses, the logits of each of them count too.
-            logits_BTV = logits_BTV[:, -1 - len(guessed) :, :VOCABULARY].float().cpu()
+            B, T, last = len(live), len(fresh[0]), 1 + len(guessed)
+            tokens_BT = torch.tensor(fresh, device=parameter.device)
+            # Of a prompt the logits of the last position alone are made; behind guesses, those of each guess count too.
+            at_M = torch.arange(B * T, device=parameter.device).view(B, T)[:, -last:].flatten() if last < T else None
+            logits = self._model(tokens_BT, cache=cache, at_M=at_M)[..., :VOCABULARY]
+            logits_BTV = logits.float().cpu().view(B, last, -1)  # host-device sync, once a pass
             right = 0
             for logits_TV, row in zip(logits_BTV, live, strict=True):
                 if row in self.reasons or len(self._said[row]) > at:

@@ -20,8 +20,9 @@ from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.errors import ConfigError, GPT2TrainError
 from gpt2train.generation.config import GenerateConfig, SamplingConfig, WatermarkConfig, check_generate
-from gpt2train.generation.decoding import Decoding, lay_for_decoding
+from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.embedding import hidden_states
+from gpt2train.generation.products import lay_for_decoding
 from gpt2train.generation.sampling import Sampling
 from gpt2train.generation.text import TextStream
 from gpt2train.generation.watermark import Watermark, read_key

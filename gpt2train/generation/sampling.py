@@ -2,8 +2,13 @@
 
 Flows in: fp32 logits of the last position of each row, on the CPU, and what the row has said so far. Flows out: one
 token id a row. Each row draws from a generator of its own, so its text does not depend on who else is in the batch.
+Costs a few passes over the vocabulary in numpy, whose operations on a vector of this size start sooner than torch's;
+nothing is sorted but what top-p needs.
 
-Shape letters: B rows, V vocabulary.
+A token is drawn by one uniform number: the first whose cumulative probability exceeds it, in the order of the ids, not
+of likelihood, since two tokens of nearly the same likelihood may change places by rounding.
+
+Shape letters: B rows, V vocabulary, K tokens that top-k and top-p leave.
 """
 
 from __future__ import annotations
@@ -11,11 +16,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt2train.errors import NonFiniteError
 from gpt2train.generation.watermark import Watermark
+
+FIRST_NUCLEUS, NUCLEUS_GROWTH = 256, 16
+"""Tokens that top-p looks at first, and by how much more each time that they do not reach its probability. A trained
+model's nucleus mostly has fewer than 256; to find the largest 256 of 50,257 costs a quarter of sorting all."""
+
+LEAST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+"""A smaller one would be 0 in fp32; the likeliest token is certain long before."""
 
 
 @dataclass(frozen=True)
@@ -33,26 +47,35 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
-def keep_top_k(logits_V: Tensor, k: int) -> Tensor:
-    """The `k` largest logits, the others -inf; 0: all. Logits equal to the k-th stay too."""
-    if k <= 0 or k >= logits_V.shape[-1]:
-        return logits_V
-    least = torch.topk(logits_V, k).values[..., -1:]
-    return logits_V.masked_fill(logits_V < least, -torch.inf)
+def kept_tokens(logits_V: NDArray[np.float32], k: int, p: float) -> NDArray[np.int64] | None:
+    """Ids that top-k, and then top-p, leave, in ascending order; None: all. At least one is left.
 
-
-def keep_top_p(logits_V: Tensor, p: float) -> Tensor:
-    """The fewest likeliest tokens that together reach probability `p`, the others -inf; always at least one.
-
-    Nucleus sampling: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1.
+    Top-k keeps the `k` largest logits; 0: all. Top-p keeps the fewest of these that together reach probability `p`
+    (nucleus sampling: Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration", section 3.1); 1: all.
+    Logits equal to the last one kept stay too.
     """
+    if not 0 < k < logits_V.size:
+        return None if p >= 1 else np.flatnonzero(logits_V >= _least_in_nucleus(logits_V, p))
+    ids_K = np.flatnonzero(logits_V >= np.partition(logits_V, logits_V.size - k)[logits_V.size - k])
     if p >= 1:
-        return logits_V
-    ascending, order = torch.sort(logits_V, descending=False)
-    # A token goes when it and all less likely ones together have at most 1 - p.
-    drop = ascending.softmax(-1).cumsum(-1) <= 1 - p
-    drop[..., -1] = False
-    return logits_V.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+        return ids_K
+    logits_K = logits_V[ids_K]
+    return ids_K[logits_K >= _least_in_nucleus(logits_K, p)]
+
+
+def _least_in_nucleus(logits_V: NDArray[np.float32], p: float) -> np.float32:
+    """The smallest logit that top-p keeps. The largest are sorted alone, more of them until they reach `p`."""
+    largest = logits_V.max()
+    wanted = p * np.exp(logits_V - largest).sum(dtype=np.float64)
+    most = FIRST_NUCLEUS
+    while True:
+        some = logits_V if most >= logits_V.size else np.partition(logits_V, logits_V.size - most)[-most:]
+        descending = np.sort(some)[::-1]
+        reached = np.exp(descending - largest).cumsum(dtype=np.float64)
+        if reached[-1] >= wanted or some is logits_V:
+            # Where rounding leaves the sum short of `wanted`, everything is needed.
+            return descending[min(int(reached.searchsorted(wanted)), descending.size - 1)]
+        most *= NUCLEUS_GROWTH
 
 
 def penalize_repetition(logits_V: Tensor, said: Sequence[int], penalty: float) -> Tensor:
@@ -69,18 +92,32 @@ def penalize_repetition(logits_V: Tensor, said: Sequence[int], penalty: float) -
 
 
 def next_token(logits_V: Tensor, sampling: Sampling, said: Sequence[int], generator: torch.Generator) -> int:
-    """One token id; `said` is all of the row so far, prompt included.
+    """One token id; `said` is all of the row so far, prompt included. A drawn token takes one number of `generator`.
 
     Raises NonFiniteError when a logit is not finite, as in a model whose training diverged.
     """
-    if not bool(logits_V.isfinite().all()):
+    # A sum is finite only if all it is made of is; large finite logits may overflow it, so that is looked at again.
+    if not bool(logits_V.sum().isfinite()) and not bool(logits_V.isfinite().all()):
         raise NonFiniteError("the model's logits are not finite; choose an earlier checkpoint")
     if sampling.watermark is not None and said:
         logits_V = sampling.watermark.prefer(logits_V, said[-1])
     logits_V = penalize_repetition(logits_V, said, sampling.repetition_penalty)
+    logits: NDArray[np.float32] = logits_V.numpy()
     if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    # Less the largest, no logit overflows at a small temperature, and the probabilities stay the same.
-    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
-    kept_V = keep_top_p(keep_top_k(scaled_V, sampling.top_k), sampling.top_p)
-    return int(torch.multinomial(kept_V.softmax(-1), 1, generator=generator))
+        return int(logits.argmax())
+    # Less the largest, no logit overflows at a small temperature but to -inf, whose probability is 0 as it should be.
+    with np.errstate(over="ignore"):
+        scaled = (logits - logits.max()) / np.float32(max(sampling.temperature, LEAST_TEMPERATURE))
+    ids = kept_tokens(scaled, sampling.top_k, sampling.top_p)
+    uniform = float(torch.rand((), dtype=torch.float64, generator=generator))
+    drawn = _drawn(scaled if ids is None else scaled[ids], uniform)
+    return drawn if ids is None else int(ids[drawn])
+
+
+def _drawn(logits_K: NDArray[np.float32], uniform: float) -> int:
+    """Index of the token at `uniform`, in [0, 1), of the cumulative distribution; its sums are made in fp64."""
+    # torch sums several times as fast as numpy here.
+    reached = torch.from_numpy(np.exp(logits_K)).cumsum(0, dtype=torch.float64).numpy()
+    # Rounding may put the product at the very end: then the last token that is possible at all.
+    last = int(reached.searchsorted(reached[-1]))
+    return min(int(reached.searchsorted(uniform * reached[-1], side="right")), last)

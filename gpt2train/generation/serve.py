@@ -32,8 +32,9 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.errors import ConfigError, GPT2TrainError, NonFiniteError
 from gpt2train.generation.completion import Completion, RequestError, read_request
 from gpt2train.generation.config import ServeConfig, check_serve
-from gpt2train.generation.decoding import Decoding, lay_for_decoding
+from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
+from gpt2train.generation.products import lay_for_decoding
 from gpt2train.generation.text import TextStream
 from gpt2train.generation.watermark import Watermark, read_key
 from gpt2train.model import GPT

@@ -77,10 +77,11 @@ class KeyValueCache:
 
         `length` moves on when the model's forward is through all layers.
         """
-        start, stop = self.length, self.length + keys_BHTD.shape[2]
-        self.keys_LBHSD[layer, :, :, start:stop] = keys_BHTD
-        self.values_LBHSD[layer, :, :, start:stop] = values_BHTD
-        return self.keys_LBHSD[layer, :, :, :stop], self.values_LBHSD[layer, :, :, :stop]
+        T = keys_BHTD.shape[2]
+        keys_BHSD, values_BHSD = self.keys_LBHSD[layer], self.values_LBHSD[layer]
+        keys_BHSD.narrow(2, self.length, T).copy_(keys_BHTD)
+        values_BHSD.narrow(2, self.length, T).copy_(values_BHTD)
+        return keys_BHSD.narrow(2, 0, self.length + T), values_BHSD.narrow(2, 0, self.length + T)
 
 
 class Attention(nn.Module):
@@ -131,7 +132,7 @@ class Attention(nn.Module):
                 scale=self.scale,
             )
         y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
-        return F.dropout(y_BTC, self.dropout, self.training)
+        return F.dropout(y_BTC, self.dropout) if self.training else y_BTC
 
 
 def one_kernel(kernel: AttentionKernel) -> contextlib.AbstractContextManager[None]:

@@ -32,8 +32,9 @@ from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
 from gpt2train.errors import ConfigError, GPT2TrainError
-from gpt2train.generation.decoding import Decoding, lay_for_decoding
+from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
+from gpt2train.generation.products import lay_for_decoding
 from gpt2train.generation.sampling import GREEDY
 from gpt2train.model import GPT
 from gpt2train.release.config import AuditConfig, check_audit
