@@ -1,9 +1,13 @@
 """Tokens per second of generation at batch 1 beside transformers' `generate`, on the same weights.
 
-Both decode with their caches, greedily and sampled, from the same prompt, and take turns. Ours runs without and with
-guesses from the text's own past (gpt2train/generation/drafting.py), since how much those bring depends on how much a
-text repeats: untrained weights, the default, repeat themselves more than most, so give `--run` for a trained model's
-figures. What is compared are CPU seconds where there is no GPU.
+Both decode in fp32 with their caches (transformers' default, dynamic), with as many threads, from the same prompt:
+greedily, sampled by top-k and sampled by top-p with the same settings. They take turns, and each round gives a ratio,
+so that a machine that slows down does so for both; what is told is the ratio of the medians and the least and largest
+of the rounds. Ours runs without and with guesses from the text's own past (gpt2train/generation/drafting.py), since how
+much those bring depends on how much a text repeats: untrained weights, the default, repeat themselves more than most
+when greedy, so give `--run` for a trained model's figures. What is compared are CPU seconds where there is no GPU.
+`OMP_NUM_THREADS=1` gives one thread to both, which is also where ours has products of its own
+(gpt2train/generation/products.py).
 
     python -m benchmarks.generation [--model small] [--run RUN] [--prompt TEXT] [--tokens 64] [--rounds 3] [--json FILE]
 """
@@ -11,6 +15,7 @@ figures. What is compared are CPU seconds where there is no GPU.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -79,15 +84,22 @@ def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64,
             )
         return texts[0, len(ids) :].tolist()  # type: ignore[no-any-return]
 
-    some = Sampling(temperature=0.8, top_k=40)
-    jobs: dict[str, Callable[[], list[int]]] = {
-        "greedy, transformers": lambda: transformers_generate(do_sample=False),
-        "greedy, one by one": lambda: ours(GREEDY, 0),
-        "greedy, with guesses": lambda: ours(GREEDY, DRAFT_TOKENS),
-        "sampled, transformers": lambda: transformers_generate(do_sample=True, temperature=0.8, top_k=40),
-        "sampled, one by one": lambda: ours(some, 0),
-        "sampled, with guesses": lambda: ours(some, DRAFT_TOKENS),
+    ways: dict[str, tuple[dict[str, Any], Sampling]] = {
+        "greedy": ({"do_sample": False}, GREEDY),
+        "top-k": (
+            {"do_sample": True, "temperature": 0.8, "top_k": 40, "top_p": 1.0},
+            Sampling(temperature=0.8, top_k=40),
+        ),
+        "top-p": (
+            {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.9},
+            Sampling(temperature=0.8, top_p=0.9),
+        ),
     }
+    jobs: dict[str, Callable[[], list[int]]] = {}
+    for way, (how, sampling) in ways.items():
+        jobs[f"{way}, transformers"] = functools.partial(transformers_generate, **how)
+        jobs[f"{way}, one by one"] = functools.partial(ours, sampling, 0)
+        jobs[f"{way}, with guesses"] = functools.partial(ours, sampling, DRAFT_TOKENS)
     rates: dict[str, list[float]] = {job: [] for job in jobs}
     per_pass: dict[str, float] = {}
     texts: dict[str, list[int]] = {}
@@ -103,14 +115,16 @@ def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64,
     same = texts["greedy, transformers"] == texts["greedy, one by one"] == texts["greedy, with guesses"]
     unit = "tokens/s" if device.type == "cuda" else "tokens per CPU second"
     print(f"\n{run or name} at batch 1, {len(ids)} + {tokens} tokens, {torch.get_num_threads()} threads, {device}")
-    print(f"{'':<24}{unit:>24}{'tokens a pass':>16}{'of transformers':>18}")
+    print(f"{'':<24}{unit:>24}{'tokens a pass':>16}{'of transformers':>18}{'by round':>16}")
     result: dict[str, Any] = {"unit": unit, "rates": rates, "ratios": {}, "greedy_texts_equal": same}
     for job, found in rates.items():
-        reference = statistics.median(rates[f"{job.split(',')[0]}, transformers"])
-        ratio = statistics.median(found) / reference
+        reference = rates[f"{job.split(',')[0]}, transformers"]
+        ratio = statistics.median(found) / statistics.median(reference)
+        rounds_of = [a / b for a, b in zip(found, reference, strict=True)]
         result["ratios"][job] = ratio
         shown = f"{per_pass[job]:>16.2f}" if job in per_pass else f"{'1':>16}"
-        print(f"{job:<24}{statistics.median(found):>24.1f}{shown}{ratio:>18.2f}")
+        spread = f"{min(rounds_of):.2f} to {max(rounds_of):.2f}"
+        print(f"{job:<24}{statistics.median(found):>24.1f}{shown}{ratio:>18.2f}{spread:>16}")
     print(f"greedy texts {'equal token for token' if same else 'DIFFER'}; the goal is {GOAL} of transformers")
     return result
 
