@@ -108,7 +108,7 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return lines, end
 
 
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

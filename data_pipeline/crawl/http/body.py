@@ -81,6 +81,15 @@ def _zlib(decompressor: zlib._Decompress, body: memoryview, out: bytearray, max_
 
 
 def _gunzip(body: bytes, max_bytes: int) -> bytes:
+    first = zlib.decompressobj(wbits=31)
+    try:
+        whole = first.decompress(body, max_bytes + 1)
+    except zlib.error as e:
+        raise BodyError("bad_encoding", f"gzip: {e}") from e
+    if len(whole) > max_bytes:
+        raise _too_large(max_bytes, whole)
+    if first.eof and not first.unused_data:  # as all but a few are; the rest is read member by member
+        return whole
     view, out, at = memoryview(body), bytearray(), 0
     for _ in range(MAX_GZIP_MEMBERS):
         try:

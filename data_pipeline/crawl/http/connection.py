@@ -26,8 +26,10 @@ _SWEEP_S = 0.5
 class Exchange:
     """One request on a connection. `done` gets the Reply or a FetchError."""
 
-    __slots__ = ("_body", "_cut", "_ip", "_max_bytes", "_on_bytes", "_reused", "_wanted", "_wants", "begun_at", "done",
-                 "reader", "reply", "request", "small_pieces", "started", "url")  # fmt: skip
+    __slots__ = (
+        "_body", "_cut", "_ip", "_max_bytes", "_on_bytes", "_reused", "_size", "_wanted", "_wants", "begun_at", "done",
+        "reader", "reply", "request", "small_pieces", "started", "url",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -46,7 +48,8 @@ class Exchange:
         self.done: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self.reply: Reply | None = None
         self.started = self._reused = self._wants = False
-        self._body = bytearray()
+        self._body: list[bytes] = []  # pieces, of which `rests` lets none but a few be small
+        self._size = 0
         self._ip = ""
         self.begun_at = 0.0
         self.small_pieces = 0
@@ -86,15 +89,17 @@ class Exchange:
             self._end_here()
 
     def _take(self, piece: bytes) -> None:
-        self._body += piece
+        self._body.append(piece)
+        self._size += len(piece)
         self._on_bytes(len(piece))
         if not self._wants:
-            if len(self._body) > DRAINED_BYTES:
+            self._body.clear()
+            if self._size > DRAINED_BYTES:
                 self._end_here()
-        elif len(self._body) > self._max_bytes:
+        elif self._size > self._max_bytes:
             if not self._cut:
                 raise FetchError("too_large", f"the body goes on beyond fetch.max_page_bytes={self._max_bytes}")
-            del self._body[self._max_bytes :]
+            self._body[-1] = piece[: self._max_bytes - self._size]  # less what is beyond the bound: a negative index
             self._end_here()
 
     def _end_here(self) -> None:
@@ -105,7 +110,7 @@ class Exchange:
     def _finish(self) -> None:
         assert self.reply is not None
         if self._wants:
-            self.reply.body = bytes(self._body)
+            self.reply.body = b"".join(self._body)
         self.done.set_result(self.reply)
 
     def closed(self, error: Exception | None) -> None:

@@ -173,15 +173,21 @@ class ResponseReader:
         if self._chunked:
             return self._dechunk()
         if self._until_closed:
-            piece = bytes(self._buffer)
-            self._buffer.clear()
-            return piece
-        piece = bytes(self._buffer[: self._left])
-        del self._buffer[: self._left]
+            return self._all()
+        if len(self._buffer) <= self._left:
+            piece = self._all()
+        else:
+            piece = bytes(self._buffer[: self._left])
+            del self._buffer[: self._left]
         self._left -= len(piece)
         if not self._left:
             self.complete = True
             self._end()
+        return piece
+
+    def _all(self) -> bytes:
+        piece = bytes(self._buffer)
+        self._buffer.clear()
         return piece
 
     def _end(self) -> None:
