@@ -259,8 +259,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def fetch_token_shards(address: str, cache: str | Path) -> Path:
-    """Bring the token shards at `address` (s3://…, gs://…) into a folder of their own below `cache`; returns it.
+def token_cache(cache: str | Path = "") -> Path:
+    """`cache`, or gpt2train/tokens in the user's cache folder (XDG Base Directory Specification 0.8)."""
+    return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt2train" / "tokens")
+
+
+def fetch_token_shards(address: str, cache: str | Path = "") -> Path:
+    """Bring the token shards at `address` (s3://…, gs://…) into a folder of their own below `token_cache(cache)`.
 
     Each file is checked against the manifest, which comes last, and files that are there already and are whole are not
     brought again. The folder is named by the manifest's fingerprint: other shards at the same address get another one.
@@ -277,15 +282,16 @@ def fetch_token_shards(address: str, cache: str | Path) -> Path:
         return Path(local_path(address))
     if fault := address_fault(address):
         raise NotTokenShardsError(f"{shown(address)}: {fault}; see docs/storage.md")
+    cache = token_cache(cache)
     bucket = Bucket(address, StorageConfig())
     content = bucket.read(MANIFEST)
     if content is None:
         raise NotTokenShardsError(f"{address}: holds no {MANIFEST}; give the place of OUT/tokens")
-    arriving = Path(cache) / f".arriving-{hashlib.sha256(content).hexdigest()[:16]}"
+    arriving = cache / f".arriving-{hashlib.sha256(content).hexdigest()[:16]}"
     with lock(arriving, wait_s=FETCH_WAIT_S):
         (arriving / MANIFEST).write_bytes(content)
         manifest = read_manifest(arriving)
-        folder = Path(cache) / manifest["fingerprint"][:16]
+        folder = cache / manifest["fingerprint"][:16]
         files = [f for split in SPLITS for f in manifest["splits"][split]["files"]]
         entries = [*files, *(f["index"] for f in files), manifest["documents"]]
         outside = [entry["file"] for entry in entries if Path(entry["file"]).name != entry["file"]]

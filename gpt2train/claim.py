@@ -27,11 +27,11 @@ from typing import Any
 
 import torch
 
-from data_pipeline.token_shards import TokenShards
+from data_pipeline.token_shards import TokenShards, fetch_token_shards, token_cache
 from gpt2train import checkpoint
 from gpt2train.config import ModelConfig, TrainConfig
 from gpt2train.data import TokenWindows
-from gpt2train.distributed import World, on_rank_zero
+from gpt2train.distributed import World, all_rows, on_all_ranks, on_rank_zero
 from gpt2train.errors import CheckpointError, ConfigError, RunExistsError, RunInUseError
 from gpt2train.run_folder import (
     CHECKPOINTS,
@@ -234,11 +234,12 @@ def open_run(
     """
     alive()
     folder = Path(config.run_dir)
+    data = _data_here(config, world, alive)
     found: list[tuple[Claim, TokenShards, Remote | None]] = []
 
     def decide() -> int:
         remote = Remote(config.checkpoint) if config.checkpoint.remote else None
-        shards = TokenShards.open(config.data.path, verify=config.data.verify)
+        shards = TokenShards.open(data, verify=config.data.verify)
         _check_data(config, shards)
         wanted = identity(config, shards.fingerprint)
         held.enter_context(lock(folder))
@@ -262,7 +263,7 @@ def open_run(
 
     # Hashes of many gigabytes, or fetching them, may take longer than the others would wait in silence.
     step = on_rank_zero(world, decide, beat_s=config.distributed.timeout_s / 4, alive=alive)
-    claimed, shards, remote = found[0] if found else (None, TokenShards.open(config.data.path, verify=False), None)
+    claimed, shards, remote = found[0] if found else (None, TokenShards.open(data, verify=False), None)
     validation_windows = len(TokenWindows(shards.split("validation"), config.model.context))
     run = Run(
         folder,
@@ -284,6 +285,27 @@ def open_run(
         claimed.record()
         _write_records(config, folder, shards, world)
     return run
+
+
+def _data_here(config: TrainConfig, world: World, alive: Callable[[], None]) -> Path:
+    """The folder of the token shards here; out of a bucket the first rank of each machine brings them, and all wait."""
+    path = config.data.path.removeprefix("file://")
+    if "://" not in path:
+        return Path(path)
+    if world.rank == 0:  # the address is not said before it is known to hold no secret
+        print("the token shards lie in a bucket; what is not here yet is brought", file=sys.stderr, flush=True)
+    brought: list[Path] = []
+
+    def bring() -> None:
+        if world.local_rank == 0:
+            brought.append(fetch_token_shards(path, config.data.cache))
+
+    on_all_ranks(world, bring, beat_s=config.distributed.timeout_s / 4, alive=alive)
+    # Folders are named by the shards' fingerprint, so all machines have the same name; 0 where a rank has brought none.
+    names = {row.decode() for row in all_rows(world, (brought[0].name if brought else "0" * 16).encode())} - {"0" * 16}
+    if len(names) > 1:
+        raise ConfigError([f"data={path}: other shards were put there while they were brought; start again"])
+    return token_cache(config.data.cache) / names.pop()
 
 
 def _newest(folder: Path, remote: Remote | None) -> Path | None:
@@ -362,7 +384,7 @@ def _write_records(config: TrainConfig, folder: Path, shards: TokenShards, world
     content = {
         "versions": versions,
         "git_commit": _git_commit(),
-        "data": {"path": str(Path(config.data.path).resolve()), "fingerprint": shards.fingerprint},
+        "data": {"path": str(shards.folder.resolve()), "fingerprint": shards.fingerprint},
         "tokenizer_sha256": shards.tokenizer_sha256,
         "processes": world.size,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",

@@ -185,7 +185,10 @@ def flops_per_token(config: ModelConfig) -> int:
 @dataclass
 class DataConfig:
     path: str = ""
-    """Folder of token shards (`corpus/tokens`); `data=FOLDER` is short for it."""
+    """Folder of token shards (`corpus/tokens`), or their place in a bucket (s3://bucket/corpus/tokens), from where each
+    machine brings them; `data=FOLDER` is short for it."""
+    cache: str = ""
+    """Folder for shards that are brought from a bucket; empty: gpt2train/tokens in the user's cache folder."""
     verify: bool = True
     """Check every shard's size and sha256 against the manifest before the first step."""
     document_mask: bool = False

@@ -187,6 +187,39 @@ def on_rank_zero(
     return outcome[1]
 
 
+def on_all_ranks(world: World, work: Callable[[], None], *, beat_s: float, alive: Callable[[], None]) -> None:
+    """Runs `work` on every rank, in a thread; it may take longer than the time limit of a collective.
+
+    Every `beat_s` seconds each rank says that it is there, and calls `alive`; all return when the last one is done.
+    Where it raises, those ranks raise that error and the others a GPT2TrainError with the first one's exit code.
+    """
+    errors: list[Exception] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=guarded, daemon=True)
+    thread.start()
+    while True:
+        thread.join(beat_s)
+        alive()
+        code = getattr(errors[0], "exit_code", 1) if errors else 0
+        rows = all_rows(world, bytes([thread.is_alive(), code]))
+        failed = [(rank, row[1]) for rank, row in enumerate(rows) if row[1]]
+        if errors:
+            raise errors[0]
+        if failed:
+            rank, code = failed[0]
+            follower = GPT2TrainError(f"rank {world.rank}: rank {rank} ended the run; its line says why")
+            follower.exit_code = code
+            raise follower
+        if not any(row[0] for row in rows):
+            return
+
+
 def _with_beats(work: Callable[[], int], beat_s: float, beat: Callable[[], object]) -> int:
     with ThreadPoolExecutor(1, thread_name_prefix="rank-zero") as pool:
         doing = pool.submit(work)

@@ -16,10 +16,13 @@ import pytest
 from test_checkpoint import holds, tensors
 from training import TINY, Ranks, read_metrics, write_tokens, written_steps
 
+from data_pipeline.config import StorageConfig
+from data_pipeline.storage.bucket import Bucket
 from gpt2train import checkpoint
 from gpt2train.bounds import check
 from gpt2train.config import CheckpointConfig, TrainConfig
 from gpt2train.errors import REQUEUE_EXIT_CODE, RunExistsError
+from gpt2train.run_folder import data_folder
 from gpt2train.saving.remote import Remote, Uploader, unsent
 
 
@@ -223,10 +226,13 @@ def test_through_s3(s3: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_on_an_empty_machine(s3: str, tmp_path: Path) -> None:
     """Two ranks, killed; another folder takes up from S3 what was copied and comes to the undisturbed run's losses."""
-    tokens = write_tokens(tmp_path / "tokens")
-    often = {"data.path": str(tokens), "steps": 40, "checkpoint.every_steps": 10, "checkpoint.keep_last": 1}
+    tokens, store = write_tokens(tmp_path / "tokens"), Bucket(f"{s3}/tokens", StorageConfig())
+    for path in tokens.iterdir():
+        store.put(path.name, path.read_bytes())
+    often = {"data.path": f"{s3}/tokens", "steps": 40, "checkpoint.every_steps": 10, "checkpoint.keep_last": 1}
 
     def job(name: str, **changes: Any) -> dict[str, Any]:
+        changes.setdefault("data__cache", str(tmp_path / f"cache of {name}"))
         dotted = {key.replace("__", "."): value for key, value in changes.items()}
         return {"train": {**TINY, **often, "run_dir": str(tmp_path / name), **dotted}}
 
@@ -240,12 +246,18 @@ def test_a_run_goes_on_on_an_empty_machine(s3: str, tmp_path: Path) -> None:
     os.kill(first.processes[0].pid, signal.SIGKILL)
     first.wait()
     done = job("two", checkpoint__remote=address)
-    second = Ranks(tmp_path / "start2", [done, job("undisturbed")], 2)
+    here = job("undisturbed", data__path=str(tokens))
+    second = Ranks(tmp_path / "start2", [done, here], 2)
     assert second.wait(240) == [0, 0]
     told = second.stderr()
     assert f"fetched the checkpoint of step {remote_step(told)} from {address}" in told
     assert read_metrics(tmp_path / "two") == read_metrics(tmp_path / "undisturbed")
     assert remote.steps() == [40]
+    # Each machine has brought the tokens, which lay in S3 too; the run's record says where it found them.
+    folder = data_folder(tmp_path / "two")
+    assert folder is not None
+    assert folder.parent == tmp_path / "cache of two"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {p.name: p.read_bytes() for p in tokens.iterdir()}
     # Back on the first machine, whose own newest checkpoint is older: what was copied counts, and that is all.
     third = Ranks(tmp_path / "start3", [job("one", checkpoint__remote=address)], 2)
     assert third.wait(120) == [0, 0]
