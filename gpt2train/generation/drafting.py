@@ -16,8 +16,8 @@ from collections.abc import Iterable
 ENDING_TOKENS = 3
 """Tokens of the ending that must have occurred before."""
 MIN_RIGHT = 3
-"""Guesses that must prove right for the next to be worth it, as they save three passes: on a CPU a pass over nine tokens
-costs about as much as three or four over one (docs/performance.md)."""
+"""Guesses that must prove right for the next to be worth it, as they save three passes: on a CPU a pass over nine
+tokens costs about as much as three or four over one (docs/performance.md)."""
 FIRST_PAUSE_TOKENS, LONGEST_PAUSE_TOKENS = 8, 64
 """Tokens without guesses after some that were wrong; doubled each time, forgotten once guesses are right."""
 
