@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from corpora import files_of
 from inline import Inline
 
 from data_pipeline import pipeline
@@ -34,12 +35,6 @@ def config_of(texts: Path, out: Path) -> CorpusConfig:
         language=LanguageConfig(keep=[]),
         tokenize=TokenizeConfig(validation_fraction=0.2, shard_tokens=4_096),
     )
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """What lies in a corpus folder, without what is the run's own or names the folder."""
-    names = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: p.read_bytes() for name, p in names.items() if "/." not in f"/{name}" and name != "config.yaml"}
 
 
 def resize(disk: Path, size: int) -> None:

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
+import corpora
 import pyarrow.parquet as pq
 import pytest
-from inline import Inline
+from corpora import write_texts
+from inline import inline, work_inline  # noqa: F401 (a fixture that every test here uses)
 
-from data_pipeline import pipeline, stages, tasks
+from data_pipeline import stages, tasks
 from data_pipeline.account.ledger import why_nothing_is_left
 from data_pipeline.account.report import write_corpus_report
 from data_pipeline.account.why import WhyConfig, why
@@ -40,18 +41,8 @@ from data_pipeline.layout import Corpus, read_config
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import CorruptionError, InputError, StoppedError
 
-PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:6]
-
-
-@pytest.fixture(autouse=True)
-def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_executor", lambda config, out: Inline())
-
-
-def dataset(path: Path, texts: Sequence[str]) -> Path:
-    rows = ({"url": f"https://site{i}.test/{i}", "text": text} for i, text in enumerate(texts))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+PROSE = corpora.PROSE[:6]
+pytestmark = pytest.mark.usefixtures("inline")
 
 
 @pytest.fixture
@@ -59,7 +50,7 @@ def config(tmp_path: Path) -> CorpusConfig:
     """A corpus of six texts in three shards, not built yet."""
     return CorpusConfig(
         source=Source.dataset,
-        path=str(dataset(tmp_path / "texts.jsonl", PROSE)),
+        path=str(write_texts(tmp_path / "texts.jsonl", PROSE)),
         out=str(tmp_path / "out"),
         shards=3,
         workers=1,
@@ -83,7 +74,7 @@ def test_fewer_shards_leave_nothing_of_the_higher_ones(config: CorpusConfig, tmp
     for stale in ("fetch/00002.journal.jsonl", "urls/00001.parquet", "warc/00002-000.warc.gz", "fetch/retry.json"):
         (out / stale).parent.mkdir(exist_ok=True)
         (out / stale).touch()
-    build_corpus(replace(config, path=str(dataset(tmp_path / "other.jsonl", PROSE[:2])), shards=1))
+    build_corpus(replace(config, path=str(write_texts(tmp_path / "other.jsonl", PROSE[:2])), shards=1))
     left = {p.relative_to(out).as_posix() for p in out.rglob("0000[1-9]*")}
     assert left == {"warc/00002-000.warc.gz"}
     assert (out / "fetch/retry.json").exists()
@@ -383,7 +374,7 @@ def test_the_join_in_parts_gives_the_same_bytes(
     build_corpus(replace(config, out=old))
     for number, rules in enumerate((DedupConfig(), DedupConfig(exact=False), DedupConfig(against=[old]))):
         whole = tmp_path / f"whole{number}"
-        path = str(dataset(tmp_path / "more.jsonl", texts))
+        path = str(write_texts(tmp_path / "more.jsonl", texts))
         one = replace(config, path=path, dedup=rules, out=str(whole))
         build_corpus(one)
         expected = (whole / "dedup" / "duplicates.parquet").read_bytes()
@@ -406,7 +397,7 @@ def test_the_join_in_parts_gives_the_same_bytes(
         links[3].unlink()
         patch.undo()
         patch.setattr(stages, "JOIN_IN_PARTS_ROWS", 1)
-        patch.setattr(pipeline, "_executor", lambda config, out: Inline())
+        work_inline(patch)
         capfd.readouterr()
         build_corpus(replace(one, out=str(out)))
     assert f"dedup links: 1 of 15 shards again: dedup/{links[3].name} is missing" in capfd.readouterr().err

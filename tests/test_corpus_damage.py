@@ -12,32 +12,23 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import pytest
-from full_disk import config_of, files_of
-from inline import Inline
+from corpora import PROSE, files_of, write_texts
+from full_disk import config_of
+from inline import inline, work_inline  # noqa: F401 (a fixture that every test here uses)
 
-from data_pipeline import pipeline
 from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import CorruptionError, StorageError
 
-PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:6]
+pytestmark = pytest.mark.usefixtures("inline")
 OWN_MOUNTS = ("unshare", "--mount", "--map-root-user")
-
-
-@pytest.fixture(autouse=True)
-def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_executor", lambda config, out: Inline())
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    rows = ({"url": f"https://site{i}.test/{i}", "text": text} for i, text in enumerate(PROSE))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl", PROSE[:6])
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +36,7 @@ def one_go(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus that was made in one go."""
     out = tmp_path_factory.mktemp("one_go") / "corpus"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_executor", lambda config, out: Inline())
+        work_inline(patch)
         build_corpus(config_of(texts, out))
     return out
 

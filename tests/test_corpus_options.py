@@ -1,43 +1,33 @@
-"""What a user asks of a corpus that exists: what if, forget; and what is asked for on top: masking, lists, old corpora.
+"""What is asked of a corpus that exists, what if and its report; and on top: masking, lists, old corpora.
 
-One corpus of real prose is built once; what its stored numbers foretell, and what a take-down leaves, is held against
-corpora that are built for real.
+One corpus of real prose is built once; what its stored numbers foretell is held against corpora that are built for
+real.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
-from pydoc_data.topics import topics
 
+import corpora
 import lxml.html
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from inline import Inline
-from omegaconf import OmegaConf
-from warcio.archiveiterator import ArchiveIterator
+from corpora import documents, ledger, rows, settings, tree, warc_pages, write_lines
+from inline import inline_module  # noqa: F401 (a fixture that every test here uses)
 
-from data_pipeline import forget, pipeline
 from data_pipeline.account import what_if
 from data_pipeline.account.report import compare_domains, measure_lines, write_corpus_report
 from data_pipeline.bounds import check
-from data_pipeline.clean import personal, planting
+from data_pipeline.clean import planting
 from data_pipeline.clean.dedup import find_duplicates, sign_shard
 from data_pipeline.config import (
     CorpusConfig,
@@ -47,20 +37,21 @@ from data_pipeline.config import (
     LanguageConfig,
     QualityConfig,
     Source,
-    TokenizeConfig,
 )
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.pipeline import build_corpus
-from data_pipeline.records import ConfigError, InputError
+from data_pipeline.records import InputError
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.cli import main
-from gpt2train.config import BatchConfig, DataConfig, ModelConfig, TrainConfig
 
-PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:40]
+PROSE = corpora.PROSE[:40]
 GERMAN = "Dies ist ein deutscher Text über das Wetter, die Landschaft und die Menschen in den Bergen. " * 20
 PERSONAL = "Write to joe.doe@example.net or ann@example.net, call (415) 555-2671, or look at 8.8.8.8 and 10.0.0.1."
+
+
+pytestmark = pytest.mark.usefixtures("inline_module")
 
 
 def plain_words(text: str, count: int) -> str:
@@ -72,55 +63,6 @@ def plain_words(text: str, count: int) -> str:
 
 ITEM = plain_words(PROSE[3], 15)
 """An item of an evaluation set that a text holds, too."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _inline() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "_executor", lambda config, out: Inline())
-        yield
-
-
-def rows(texts: Sequence[str], site: str) -> list[dict[str, str]]:
-    return [{"url": f"https://{site}{i % 4}.test/{i}", "text": text} for i, text in enumerate(texts)]
-
-
-def write_lines(path: Path, items: Sequence[dict[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
-
-
-def settings(out: Path, path: Path, **changes: object) -> CorpusConfig:
-    config = CorpusConfig(
-        out=str(out),
-        source=Source.dataset,
-        path=str(path),
-        shards=3,
-        workers=1,
-        progress=False,
-        language=LanguageConfig(min_score=0.5),
-        # Both groups of rules are measured, and nearly nothing is dropped.
-        quality=QualityConfig(min_words=60, max_newline_word_ratio=0.9),
-        tokenize=TokenizeConfig(shard_tokens=4_096, validation_fraction=0.1),
-    )
-    return replace(config, **changes)  # type: ignore[arg-type]
-
-
-def tree(folder: Path) -> dict[str, str]:
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-
-
-def ledger(out: Path) -> dict[str, dict[str, object]]:
-    """URL → its row."""
-    return {r["url"]: r for f in sorted((out / "ledger").glob("*.parquet")) for r in pq.read_table(f).to_pylist()}
-
-
-def documents(out: Path) -> dict[str, dict[str, object]]:
-    return {r["url"]: r for f in sorted((out / "documents").glob("*.parquet")) for r in pq.read_table(f).to_pylist()}
 
 
 @pytest.fixture(scope="module")
@@ -238,35 +180,6 @@ def test_masked_texts_are_the_same_everywhere(built: tuple[CorpusConfig, Path]) 
             assert load_tokenizer().decode(split.read(span.start, span.stop - 1)) == row["text"]
             seen += 1
     assert seen == len(found)
-
-
-@pytest.mark.parametrize(
-    ("text", "masked"),
-    [
-        ("<a.b+c@mail.example.co.uk>", "<email@example.com>"),
-        ("a@b", "a@b"),
-        ("user@host.example.", "email@example.com."),
-        ("1.2.3.4.5 and v1.1.1.1 and 1.1.1.999 and 127.0.0.1", "1.2.3.4.5 and v1.1.1.1 and 1.1.1.999 and 127.0.0.1"),
-        ("from 1.1.1.1.", "from 22.214.171.124."),
-        ("+49 (0) 30 1234567", "+1 202-555-0100"),
-        ("1-800-555-1234; 2024-11-23; 123-456-7890", "+1 202-555-0100; 2024-11-23; 123-456-7890"),
-        ("in 1969 415 people, 12345678901 stars, 3.14159 2653", "in 1969 415 people, 12345678901 stars, 3.14159 2653"),
-    ],
-)  # fmt: skip
-def test_what_is_personal_and_what_is_not(text: str, masked: str) -> None:
-    assert personal.mask(text)[0] == masked
-    assert personal.mask(masked)[0] == personal.mask(personal.mask(masked)[0])[0]
-
-
-def test_masking_takes_linear_time() -> None:
-    for piece in ("a@", "a.", "1.", "1.1.1.", "+1 22", "(415) ", "!." * 3, "a-@b."):
-        small, large = piece * 5_000, piece * 40_000
-        started = time.process_time()
-        personal.mask(small)
-        once = time.process_time() - started
-        started = time.process_time()
-        personal.mask(large)
-        assert time.process_time() - started < 40 * max(once, 0.01), piece
 
 
 def test_evaluation_items_are_cut_out_and_counted(built: tuple[CorpusConfig, Path]) -> None:
@@ -505,243 +418,18 @@ def test_samples_stand_beside_their_pages(tmp_path: Path, masked: bool) -> None:
     assert "The page is not at hand" in pairs()[0].xpath("string(pre[1])")
 
 
-def test_domains_beside_a_list(crawl: CorpusConfig, tmp_path: Path) -> None:
+def test_domains_beside_a_list(tmp_path: Path) -> None:
+    sites = ("www.bad.test", "bad.test", "site3.test", "site4.test", "site5.test")
+    items = [{"url": f"https://{site}/", "text": text} for site, text in zip(sites, PROSE, strict=False)]
+    config = settings(tmp_path / "out", write_lines(tmp_path / "texts.jsonl", items), quality=QualityConfig())
+    build_corpus(config)
     path = tmp_path / "domains.txt"
     path.write_text("900 google\n500 bad\n400 site3\n 300 site4.test\n")
-    beside = compare_domains(Corpus(Path(crawl.out)), str(path))
+    beside = compare_domains(Corpus(Path(config.out)), str(path))
     assert sorted(beside.pop("top"), key=lambda row: row["rank"]) == [
         {"domain": "bad", "rank": 2, "documents": 1},  # www.bad.test is a name of its own: test is no public suffix
         {"domain": "site3", "rank": 3, "documents": 1},
         {"domain": "site4.test", "rank": 4, "documents": 1},
     ]
-    kept = len(documents(Path(crawl.out)))
-    assert beside == {"listed": 4, "found": 3, "documents": 3, "share": round(3 / kept, 6)}
-
-
-# ── take-down ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_what_is_to_be_forgotten() -> None:
-    rules = forget.parse_entries(["Example.COM", ".sub.example.org", "https://one.example.net/a?b=1", "dataset:x#3"])
-    for addresses in (
-        ("https://example.com/",),
-        ("http://www.example.com:8080/x",),
-        ("https://a.sub.example.org/",),
-        ("https://other.test/", "https://example.com/landing"),
-        ("https://one.example.net/a?b=1",),
-        ("dataset:x#3",),
-        ("dataset:y", None, "example.com"),
-    ):
-        assert rules.because(*addresses), addresses
-    for addresses in (
-        ("https://notexample.com/",),
-        ("https://example.com.evil.test/",),
-        ("https://example.org/",),
-        ("https://one.example.net/a",),
-        ("https://[broken/",),
-        (None, ""),
-    ):
-        assert rules.because(*addresses) is None, addresses
-    with pytest.raises(InputError, match="forget: exa mple"):
-        forget.parse_entries(["exa mple"])
-
-
-def warc_pages(path: Path, texts: dict[str, str], menu: str = "") -> dict[str, int]:
-    """A WARC file of pages, each with `menu` (HTML) above its text; URL → offset of its response."""
-    offsets = {}
-    with open(path, "wb") as f:
-        for i, (url, text) in enumerate(texts.items()):
-            body = "".join(f"<p>{escape(p)}</p>" for p in text.split("\n\n"))
-            page = f"<html><head><title>A page</title></head><body>{menu}<article>{body}</article></body></html>"
-            html = page.encode()
-            content = b"HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\n\r\n" + html
-            head = (
-                f"WARC/1.1\r\nWARC-Type: response\r\nWARC-Record-ID: <urn:uuid:{i}>\r\nWARC-Target-URI: {url}\r\n"
-                f"WARC-Date: 2026-11-01T00:00:00Z\r\nContent-Type: application/http; msgtype=response\r\n"
-                f"Content-Length: {len(content)}\r\n\r\n"
-            )
-            offsets[url] = f.tell()
-            f.write(gzip.compress(head.encode() + content + b"\r\n\r\n"))
-    return offsets
-
-
-@pytest.fixture(scope="module")
-def crawl(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
-    """A corpus from a WARC file; the longest of three near copies is bad.test's."""
-    folder = tmp_path_factory.mktemp("crawl")
-    texts = {f"https://site{i}.test/": text for i, text in enumerate(PROSE[:16])}
-    texts["https://www.bad.test/1"] = PROSE[20] + "\n\nAnd that is all there is to say about it, dear reader."
-    texts["https://site.test/copy"] = PROSE[20]
-    texts["https://bad.test/2"] = PROSE[21]
-    warc_pages(folder / "pages.warc.gz", texts)
-    config = settings(folder / "out", folder / "pages.warc.gz", source=Source.warc, quality=QualityConfig(), shards=4)
-    build_corpus(config)
-    assert ledger(folder / "out")["https://site.test/copy"]["reason"] == "near_duplicate"
-    return config
-
-
-def fabricated_run(folder: Path, data: Path) -> TrainConfig:
-    """A run folder as training leaves it: 40 steps of 2 sequences of 64 tokens."""
-    folder.mkdir()
-    config = TrainConfig(
-        model=ModelConfig("tiny", layers=1, channels=8, heads=1, context=64),
-        data=DataConfig(path=str(data)),
-        batch=BatchConfig(sequences=2),
-        steps=60,
-        seed=3,
-    )
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": 1.0}}\n' for s in range(1, 41)))
-    fingerprint = TokenShards.open(data).fingerprint
-    (folder / "versions.json").write_text(json.dumps({"data": {"path": str(data), "fingerprint": fingerprint}}))
-    return config
-
-
-def test_a_take_down_is_a_corpus_that_never_had_it(
-    crawl: CorpusConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(crawl.out, out)
-    before = json.loads((out / "tokens/manifest.json").read_text())
-    was_in = {r["url"] for r in documents(out).values()}
-    run = fabricated_run(tmp_path / "run", out / "tokens")
-    expected = []
-    split = TokenShards.open(out / "tokens").split("train")
-    gone = [d for d in split.documents(0, split.tokens) if "bad.test" in d.url]
-    from gpt2train.trace import documents_of_step
-
-    for step in range(1, 41):
-        if any("bad.test" in seen.document.url for seen in documents_of_step(split, run, step)):
-            expected.append(step)
-    assert gone
-    assert expected
-
-    (tmp_path / "domains.txt").write_text("bad.test\n")
-    assert main(["corpus", f"forget={tmp_path / 'domains.txt'}", f"out={out}", f"runs=[{tmp_path / 'run'}]"]) == 0
-    said = capfd.readouterr()
-    assert f"{len(expected)} of 40 steps saw {len(gone)} texts" in said.out
-    listed = said.out.strip().rsplit(": ", 1)[1]
-    numbers = [n for part in listed.split(", ") for n in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)]
-    assert numbers == expected
-
-    rows_now = ledger(out)
-    assert {u: r["reason"] for u, r in rows_now.items() if r["reason"] == "forgotten"} == dict.fromkeys(
-        ("https://www.bad.test/1", "https://bad.test/2", "https://site.test/copy"), "forgotten"
-    )
-    assert rows_now["https://site.test/copy"]["detail"] == "copy of https://www.bad.test/1"
-    assert was_in - set(documents(out)) == {"https://www.bad.test/1", "https://bad.test/2"}
-    assert set(documents(out)) <= was_in
-    needle = "dear reader"
-    for file in sorted(out.rglob("*.parquet")):
-        assert not any(needle in str(v) for row in pq.read_table(file).to_pylist() for v in row.values()), file
-
-    # Only the shards concerned changed.
-    after = json.loads((out / "tokens/manifest.json").read_text())
-    old = {f["file"]: f["sha256"] for s in before["splits"].values() for f in s["files"]}
-    new = {f["file"]: f["sha256"] for s in after["splits"].values() for f in s["files"]}
-    concerned = concerned_files(before, Path(crawl.out) / "tokens")
-    assert {name for name in old if new.get(name) != old[name]} == concerned
-    assert 0 < len(concerned) < len(old)
-    assert f"{len(new) - len([n for n in new if old.get(n) == new[n]])} files written" in said.err
-
-    # The same bytes as a corpus whose pages were refused from the start, and nothing to do the next time.
-    fresh = tmp_path / "fresh"
-    (fresh / "tokenize").mkdir(parents=True)
-    shutil.copy(out / "forget.json", fresh / "forget.json")
-    shutil.copy(out / "tokenize/forgotten.parquet", fresh / "tokenize/forgotten.parquet")
-    build_corpus(replace(crawl, out=str(fresh)))
-    for folder in ("extract", "filter", "dedup", "decontaminate", "documents", "ledger", "tokens"):
-        made = {n: h for n, h in tree(fresh / folder).items() if not n.endswith(".done.json")}
-        assert made == {n: h for n, h in tree(out / folder).items() if not n.endswith(".done.json")}, folder
-    capfd.readouterr()
-    state = tree(out / "tokens")
-    build_corpus(replace(crawl, out=str(out)))
-    assert "again" not in capfd.readouterr().err
-    assert tree(out / "tokens") == state
-    TokenShards.open(out / "tokens")
-
-
-def concerned_files(manifest: dict[str, object], tokens: Path) -> set[str]:
-    """Names of the .bin files that hold a document of bad.test, by the positions of documents.parquet."""
-    found = set()
-    table = pq.read_table(tokens / "documents.parquet").to_pylist()
-    splits: dict[str, dict[str, list[dict[str, object]]]] = manifest["splits"]  # type: ignore[assignment]
-    for name, split in splits.items():
-        ends = np.cumsum([int(str(f["tokens"])) for f in split["files"]])
-        for row in table:
-            if row["split"] == name and "bad.test" in row["url"]:
-                found.add(str(split["files"][int(np.searchsorted(ends, row["position"], side="right"))]["file"]))
-    return found
-
-
-@pytest.mark.soak
-def test_a_killed_take_down_is_finished_by_the_next(crawl: CorpusConfig, tmp_path: Path) -> None:
-    """Whole processes, killed at moments that spread over the run; the last one is left to finish."""
-    (tmp_path / "domains.txt").write_text("bad.test\n")
-
-    def command(out: Path) -> list[str]:
-        settings = [f"forget={tmp_path / 'domains.txt'}", f"out={out}", "workers=1", "progress=false"]
-        return [sys.executable, "-m", "gpt2train", "corpus", *settings]
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    shutil.copytree(crawl.out, whole)
-    shutil.copytree(crawl.out, killed)
-    started = time.monotonic()
-    subprocess.run(command(whole), check=True, capture_output=True, timeout=200)
-    took = time.monotonic() - started
-    kills = 0
-    for share in (0.5, 0.7, 0.85):
-        process = subprocess.Popen(command(killed), stderr=subprocess.DEVNULL, start_new_session=True)
-        try:
-            process.wait(timeout=share * took)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-    assert kills
-    subprocess.run(command(killed), check=True, capture_output=True, timeout=200)
-    for folder in ("extract", "documents", "ledger", "tokens"):
-        assert tree(killed / folder) == tree(whole / folder), folder
-    assert json.loads((killed / "forget.json").read_text()) == json.loads((whole / "forget.json").read_text())
-
-
-def test_blanked_responses_leave_all_others_where_they_were(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    (out / "warc").mkdir(parents=True)
-    texts = {f"https://site{i}.test/": PROSE[i] for i in range(5)}
-    offsets = warc_pages(out / "warc/a.warc.gz", texts)
-    before = (out / "warc/a.warc.gz").read_bytes()
-    shutil.copy(out / "warc/a.warc.gz", tmp_path / "mine.warc.gz")
-    urls = ["https://site1.test/", "https://site3.test/"]
-    table = pa.table(
-        {
-            "warc_file": ["warc/a.warc.gz", "warc/a.warc.gz", str(tmp_path / "mine.warc.gz"), "../mine.warc.gz", None],
-            "warc_offset": [*(offsets[u] for u in urls), 0, 0, None],
-        }
-    )
-    assert forget.blank_responses(Corpus(out), table) == (2, 3)
-    assert (tmp_path / "mine.warc.gz").read_bytes() == before
-    after = (out / "warc/a.warc.gz").read_bytes()
-    assert len(after) == len(before)
-    with open(out / "warc/a.warc.gz", "rb") as f:
-        records = []
-        iterator = ArchiveIterator(f)
-        for record in iterator:
-            uri = record.rec_headers.get_header("WARC-Target-URI")
-            body = record.content_stream().read()
-            records.append((record.rec_type, uri, iterator.get_record_offset()))
-            assert uri is None or b"<p>" + escape(texts[uri])[:20].encode() in body
-    assert [r for r in records if r[0] == "response"] == [("response", u, offsets[u]) for u in texts if u not in urls]
-    assert [r[0] for r in records].count("metadata") == 2
-    assert forget.blank_responses(Corpus(out), table) == (2, 3), "a second time changes nothing"
-    assert (out / "warc/a.warc.gz").read_bytes() == after
-
-
-def test_a_list_without_use_is_refused(crawl: CorpusConfig, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"forget=.*No such file"):
-        build_corpus(replace(crawl, forget=str(tmp_path / "none.txt")))
-    (tmp_path / "list.txt").write_text("bad.test\n")
-    with pytest.raises(InputError, match="is no corpus folder"):
-        build_corpus(replace(crawl, out=str(tmp_path / "empty"), forget=str(tmp_path / "list.txt")))
-    with pytest.raises(ConfigError, match="belongs to forget"):
-        build_corpus(replace(crawl, forget_archive=True))
+    assert len(documents(Path(config.out))) == 5
+    assert beside == {"listed": 4, "found": 3, "documents": 3, "share": round(3 / 5, 6)}

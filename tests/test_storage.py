@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inline import Inline
+from buckets import QUICK, config_fixture, memory_fixture, same, stored  # noqa: F401 (fixtures)
+from corpora import files_of
+from inline import inline  # noqa: F401 (a fixture)
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'gpt2train[s3]'")
 pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[s3]' flask flask-cors")
@@ -28,21 +28,15 @@ pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[s3]
 import s3
 from s3 import ENVIRONMENT, SECRET, Door
 
-from data_pipeline import pipeline
-from data_pipeline.account.why import WhyConfig, why
-from data_pipeline.bounds import check
-from data_pipeline.config import CorpusConfig, LanguageConfig, Source, StorageConfig, TokenizeConfig
+from data_pipeline.config import CorpusConfig, TokenizeConfig
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import InputError, LockedError, StorageError
 from data_pipeline.storage.bucket import Bucket
-from data_pipeline.storage.growing import Growing, segments_of
+from data_pipeline.storage.growing import segments_of
 from data_pipeline.storage.lease import Lease
-from data_pipeline.token_shards import CorruptTokenShardsError, NotTokenShardsError, TokenShards, fetch_token_shards
 
-PROSE = [text for _, text in sorted(topics.items()) if len(text) > 1_500][:10]
 PATIENCE_S = 280
 """A busy machine may take minutes for what takes it seconds."""
-QUICK = StorageConfig(lease_s=1.5, retry_s=20, sync_every_s=1)
 
 
 @pytest.fixture(scope="module")
@@ -76,65 +70,7 @@ def bucket(door: Door, request: pytest.FixtureRequest) -> str:
     return f"s3://{name}"
 
 
-@pytest.fixture
-def memory(request: pytest.FixtureRequest) -> Iterator[str]:
-    """memory://NAME, for what does not depend on the kind of store."""
-    from fsspec.implementations.memory import MemoryFileSystem
-
-    yield f"memory://m{abs(hash(request.node.nodeid)):x}"
-    MemoryFileSystem.store.clear()
-    MemoryFileSystem.pseudo_dirs[:] = [""]
-
-
-@pytest.fixture
-def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_executor", lambda config, out: Inline())
-
-
-def write_texts(path: Path, texts: list[str]) -> Path:
-    rows = ({"url": f"https://site{i}.test/{i}", "text": text} for i, text in enumerate(texts))
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> CorpusConfig:
-    """A corpus of ten texts in three shards in a local folder, not built yet."""
-    return CorpusConfig(
-        source=Source.dataset,
-        path=str(write_texts(tmp_path / "texts.jsonl", PROSE)),
-        out=str(tmp_path / "local"),
-        shards=3,
-        workers=1,
-        progress=False,
-        language=LanguageConfig(keep=[]),
-        tokenize=TokenizeConfig(validation_fraction=0.2, shard_tokens=4_096),
-        storage=QUICK,
-    )
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """What lies in a folder, without what is the run's own."""
-    names = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: p.read_bytes() for name, p in names.items() if not f"/{name}".count("/.")}
-
-
-def stored(address: str) -> dict[str, bytes]:
-    """What lies in the bucket, without what is the run's own."""
-    place = Bucket(address, QUICK)
-    return {name: place.read(name) or b"" for name in place.list() if not name.startswith(".")}
-
-
-OWN = ("config.yaml",)
-"""Files that name the place itself."""
-
-
-def same(a: dict[str, bytes], b: dict[str, bytes]) -> list[str]:
-    """Names of the files that differ."""
-    return [name for name in sorted({*a, *b}) if a.get(name) != b.get(name) and name not in OWN]
-
-
-@pytest.mark.usefixtures("_inline")
+@pytest.mark.usefixtures("inline")
 def test_a_corpus_in_a_bucket_is_the_local_one_byte_for_byte(
     config: CorpusConfig, bucket: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,7 +100,7 @@ def test_a_corpus_in_a_bucket_is_the_local_one_byte_for_byte(
     assert again.count("nothing to do") >= 4
 
 
-@pytest.mark.usefixtures("_inline")
+@pytest.mark.usefixtures("inline")
 def test_what_failed_on_its_way_is_sent_and_brought_again(
     config: CorpusConfig, door: Door, bucket: str, tmp_path: Path
 ) -> None:
@@ -187,7 +123,7 @@ def test_what_failed_on_its_way_is_sent_and_brought_again(
     assert same(files_of(Path(config.out)), files_of(elsewhere)) == []
 
 
-@pytest.mark.usefixtures("_inline")
+@pytest.mark.usefixtures("inline")
 def test_a_store_that_stays_away_ends_the_run_with_code_4_and_no_secret(
     config: CorpusConfig, door: Door, bucket: str, tmp_path: Path
 ) -> None:
@@ -201,12 +137,12 @@ def test_a_store_that_stays_away_ends_the_run_with_code_4_and_no_secret(
     build_corpus(remote)
     build_corpus(config)
     assert same(files_of(Path(config.out)), stored(remote.out)) == []
-    everything = [*files_of(tmp_path).values(), *stored(remote.out).values()]
+    everything = [*(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()), *stored(remote.out).values()]
     for secret in (SECRET, ENVIRONMENT["AWS_ACCESS_KEY_ID"]):
         assert not any(secret.encode() in content for content in everything)
 
 
-@pytest.mark.usefixtures("_inline")
+@pytest.mark.usefixtures("inline")
 @pytest.mark.parametrize("damage", ["flipped", "cut", "removed"])
 def test_damage_in_the_bucket_is_noticed_and_mended(
     config: CorpusConfig, memory: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], damage: str
@@ -230,7 +166,7 @@ def test_damage_in_the_bucket_is_noticed_and_mended(
             assert "extract: reading" in capfd.readouterr().err  # this machine had no other copy: it was made anew
 
 
-@pytest.mark.usefixtures("_inline")
+@pytest.mark.usefixtures("inline")
 def test_another_machine_goes_on_and_the_first_one_learns_of_it(
     config: CorpusConfig, memory: str, tmp_path: Path
 ) -> None:
@@ -350,172 +286,10 @@ def test_of_many_at_once_one_gets_it(bucket: str, door: Door) -> None:
     got[0].release()
 
 
-# ── addresses ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("out", "bound"),
-    [
-        (f"s3://me:{SECRET}@bucket/corpus", "holds credentials"),
-        (f"s3://bucket/corpus?X-Amz-Signature={SECRET}", "holds a query"),
-        ("s3://bucket", "must name a bucket and a place in it"),
-        ("https://example.org/corpus", "must be a local path or begin with s3://"),
-        ("file://corpus", "absolute path"),
-    ],
-)
-def test_addresses_that_cannot_be_are_refused_without_their_secrets(out: str, bound: str) -> None:
-    for faults in (check(CorpusConfig(urls="x", out=out)), check(CorpusConfig(urls=out))):
-        assert len(faults) == 1
-        assert bound in faults[0]
-        assert SECRET not in faults[0]
-
-
-def test_settings_out_of_bounds_are_named() -> None:
-    def faults(**changes: Any) -> list[str]:
-        return [f.split("=")[0] for f in check(CorpusConfig(urls="x", **changes))]
-
-    assert faults(out="s3://bucket/corpus") == []
-    for name in ("transfers", "sync_every_s", "lease_s", "retry_s"):
-        assert faults(storage=StorageConfig(**{name: 0})) == [f"storage.{name}"]
-    assert faults(work="s3://bucket/work") == ["work"]
-    assert faults(out="s3://bucket/corpus", executor=pipeline.Executor.ray) == ["work"]
-
-
-@pytest.mark.usefixtures("_inline")
-def test_file_addresses_are_local_folders(config: CorpusConfig, tmp_path: Path) -> None:
-    build_corpus(replace(config, out=f"file://{tmp_path}/by_address", path=f"file://{config.path}"))
-    assert (tmp_path / "by_address" / "tokens" / "manifest.json").exists()
-
-
-def test_a_bucket_that_is_not_there_is_told_as_a_setting(config: CorpusConfig, door: Door, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"out=s3://no-such-bucket/corpus: .*bucket"):
-        build_corpus(replace(config, out="s3://no-such-bucket/corpus", work=str(tmp_path / "work")))
-
-
-# ── inputs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.usefixtures("_inline")
-def test_inputs_come_from_buckets_and_are_named_by_their_addresses(
-    config: CorpusConfig, memory: str, tmp_path: Path
-) -> None:
-    place = Bucket(f"{memory}/in", QUICK)
-    place.put("texts/a.jsonl", Path(config.path).read_bytes())
-    place.put("test.txt", PROSE[3].encode())
-    remote = replace(config, path=f"{memory}/in/texts", work=str(tmp_path / "work"), out=str(tmp_path / "out"))
-    remote.decontaminate.paths = [f"{memory}/in/test.txt"]
-    build_corpus(remote)
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["documents"] == len(PROSE)
-    assert summary["contamination"][0]["name"] == "test"
-    assert summary["contamination"][0]["share"] == 1.0
-    marker = json.loads((tmp_path / "out" / "extract" / "all.done.json").read_text())
-    assert marker["settings"]["path"] == f"{memory}/in/texts"
-    copies = {p: p.stat().st_mtime_ns for p in (tmp_path / "work" / "inputs").rglob("*.jsonl")}
-    assert len(copies) == 1
-    build_corpus(remote)
-    assert {p: p.stat().st_mtime_ns for p in copies} == copies  # compared, not brought again
-    place.put("texts/b.txt", b"Another text of some words, which was not there before. " * 20)
-    build_corpus(remote)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["documents"] == len(PROSE) + 1
-    with pytest.raises(InputError) as error:
-        build_corpus(replace(remote, path=f"{memory}/in/none", report=replace(remote.report, domains="/none")))
-    assert [line.split("=")[0] for line in str(error.value).split("\n")] == ["path", "report.domains"]
-
-
-# ── what the fetch appends to ───────────────────────────────────────────────────────────────────────────────────────
-
-
-def add_pages(folder: Path, numbers: range, part: int = 0) -> None:
-    """As a shard's fetch does: a record to the WARC file, a line of it to the journal, requests to the audit log."""
-    warc, journal = folder / f"warc/00000-{part:03d}.warc.gz", folder / "fetch/00000.journal.jsonl"
-    for path in (warc, journal):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    for n in numbers:
-        with open(warc, "ab") as f:
-            f.write(b"record of page %d\n" % n * 50)
-            end = f.tell()
-        with open(journal, "a") as f:
-            f.write(json.dumps({"url": f"u{n}", "state": "kept", "part": part, "end": end}) + "\n")
-        with open(folder / "fetch/00000.audit.jsonl", "a") as f:
-            f.write(json.dumps({"asked": n}) + "\n")
-
-
-def restored(bucket: Bucket, folder: Path) -> dict[str, bytes]:
-    there = bucket.list()
-    Growing(bucket, folder).restore({n: s for n, s in there.items() if not n.startswith(".")}, segments_of(there))
-    return files_of(folder)
-
-
-def test_growing_files_are_stored_up_to_what_can_never_change(memory: str, tmp_path: Path) -> None:
-    bucket, here = Bucket(f"{memory}/corpus", QUICK), tmp_path / "here"
-    growing = Growing(bucket, here)
-    growing.begin({})
-    add_pages(here, range(4))
-    assert growing.sync({}) == sum(len(c) for c in files_of(here).values())
-    assert restored(bucket, tmp_path / "a") == files_of(here)
-    assert growing.sync({}) == 0
-    before = files_of(here)
-    # A record whose line is not written yet, and half a line: neither is stored.
-    with open(here / "warc/00000-000.warc.gz", "ab") as f:
-        f.write(b"half a rec")
-    with open(here / "fetch/00000.journal.jsonl", "a") as f:
-        f.write('{"url": "u9", "sta')
-    assert growing.sync({}) == 0
-    assert restored(bucket, tmp_path / "b") == before
-    # They are cut at the next start, as the fetch does, and it goes on; a process that knows nothing adds to it.
-    for name, content in before.items():
-        (here / name).write_bytes(content)
-    add_pages(here, range(4, 6))
-    add_pages(here, range(6, 8), part=1)
-    growing = Growing(bucket, here)
-    growing.begin(segments_of(bucket.list()))
-    growing.sync({})
-    assert restored(bucket, tmp_path / "c") == files_of(here)
-
-
-def test_segments_that_differ_from_what_lies_here_are_replaced(memory: str, tmp_path: Path) -> None:
-    bucket, here = Bucket(f"{memory}/corpus", QUICK), tmp_path / "here"
-    growing = Growing(bucket, here)
-    growing.begin({})
-    add_pages(here, range(3))
-    growing.sync({})
-    add_pages(here, range(3, 5))
-    growing.sync({})
-    for path in list(here.rglob("*.*")):  # the machine went down and took the end back; then it went another way
-        path.unlink()
-    add_pages(here, range(3))
-    add_pages(here, range(10, 14))
-    growing = Growing(bucket, here)
-    growing.begin(segments_of(bucket.list()))
-    growing.sync({})
-    assert restored(bucket, tmp_path / "a") == files_of(here)
-    # A segment that was damaged in the bucket ends what is put together; what follows is fetched again.
-    damaged = max(n for n in bucket.list() if "journal" in n)
-    bucket.put(damaged, b"x" * bucket.list()[damaged].bytes)
-    journal = restored(bucket, tmp_path / "b")["fetch/00000.journal.jsonl"]
-    assert files_of(here)["fetch/00000.journal.jsonl"].startswith(journal)
-    assert journal.count(b"\n") == 3
-
-
-def test_files_stored_whole_may_grow_on(memory: str, tmp_path: Path) -> None:
-    bucket, here = Bucket(f"{memory}/corpus", QUICK), tmp_path / "here"
-    add_pages(here, range(3))
-    whole = {name: bucket.put(name, content).bytes for name, content in files_of(here).items()}
-    add_pages(here, range(3, 5))
-    growing = Growing(bucket, here)
-    growing.begin({})
-    growing.sync(whole)
-    assert restored(bucket, tmp_path / "a") == files_of(here)
-    for name, content in files_of(here).items():
-        bucket.put(name, content)
-        growing.drop(name)
-    assert not segments_of(bucket.list())
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_fetch_goes_on_elsewhere_from_what_was_stored(bucket: str, tmp_path: Path) -> None:
+    from test_growing import restored
     from test_pipeline import Handler, settings, url_list
 
     asked: Counter[str] = Counter()
@@ -571,68 +345,6 @@ def test_a_fetch_goes_on_elsewhere_from_what_was_stored(bucket: str, tmp_path: P
     assert sum(t.num_rows for n, t in tables.items() if n.startswith("fetch/") and "verdicts" in n) == listed
 
 
-@pytest.mark.usefixtures("_inline")
-def test_token_shards_are_brought_and_checked(config: CorpusConfig, memory: str, tmp_path: Path) -> None:
-    build_corpus(config)
-    local = Path(config.out) / "tokens"
-    place = Bucket(f"{memory}/tokens", QUICK)
-    for name, content in files_of(local).items():
-        place.put(name, content)
-    folder = fetch_token_shards(place.address, tmp_path / "cache")
-    assert files_of(folder) == files_of(local)
-    assert TokenShards.open(folder).fingerprint == TokenShards.open(local).fingerprint
-    assert fetch_token_shards(str(local), tmp_path / "cache") == local
-    # Damage here is mended from there, and nothing else is brought.
-    times = {p.name: p.stat().st_mtime_ns for p in folder.iterdir() if p.name != "manifest.json"}
-    (folder / "train_00000.bin").write_bytes(b"\0" * (folder / "train_00000.bin").stat().st_size)
-    assert fetch_token_shards(place.address, tmp_path / "cache") == folder
-    assert files_of(folder) == files_of(local)
-    assert {n for n, t in times.items() if (folder / n).stat().st_mtime_ns != t} == {"train_00000.bin"}
-    # Damage there is named.
-    place.put("train_00000.bin", b"\0" * (local / "train_00000.bin").stat().st_size)
-    place.remove(["documents.parquet"])
-    with pytest.raises(CorruptTokenShardsError) as error:
-        fetch_token_shards(place.address, tmp_path / "other")
-    assert [d.split(":")[0] for d in error.value.defects] == ["train_00000.bin", "documents.parquet"]
-    place.remove(["manifest.json"])
-    with pytest.raises(NotTokenShardsError, match=r"holds no manifest\.json"):
-        fetch_token_shards(place.address, tmp_path / "other")
-    with pytest.raises(NotTokenShardsError, match="holds credentials") as refused:
-        fetch_token_shards(f"s3://me:{SECRET}@bucket/tokens", tmp_path / "other")
-    assert SECRET not in str(refused.value)
-
-
-@pytest.mark.usefixtures("_inline")
-def test_a_corpus_in_a_bucket_is_looked_at(
-    config: CorpusConfig,
-    memory: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    from gpt2train.commands.joined import write_report
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    remote = replace(config, out=f"{memory}/corpus")  # and no `work`: it is below the user's cache
-    build_corpus(remote)
-    assert (tmp_path / "cache" / "gpt2train" / "corpora").is_dir()
-    capsys.readouterr()
-    assert why(WhyConfig("https://site3.test/3", remote.out)) == 0
-    said = capsys.readouterr().out
-    assert "kept" in said
-    assert "tokens: " in said
-    assert write_report([f"path={remote.out}"]) == 0
-    page = Path(capsys.readouterr().out.strip())
-    assert page.read_text().startswith("<!doctype html>")
-    brought = {p.parent.name for p in page.parent.rglob("*.parquet")}
-    assert {"ledger", "documents"} <= brought
-    assert not list(page.parent.rglob("*.bin"))  # tokens are not needed, and not brought
-    assert build_corpus(replace(remote, what_if=["dedup.near=false"])) == 0
-    Bucket(f"{memory}/lists", QUICK).put("gone.txt", b"site3.test\n")
-    build_corpus(replace(remote, forget=f"{memory}/lists/gone.txt"))
-    assert why(WhyConfig("https://site3.test/3", remote.out)) == 0
-    assert "dropped at extract: forgotten" in capsys.readouterr().out
-    for place, bound in ((f"{memory}/nothing", "holds no corpus"), (f"s3://me:{SECRET}@b/c", "holds credentials")):
-        with pytest.raises(InputError, match=bound) as error:
-            why(WhyConfig("https://site3.test/3", place))
-        assert SECRET not in str(error.value)
+def test_a_bucket_that_is_not_there_is_told_as_a_setting(config: CorpusConfig, door: Door, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out=s3://no-such-bucket/corpus: .*bucket"):
+        build_corpus(replace(config, out="s3://no-such-bucket/corpus", work=str(tmp_path / "work")))
