@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.stats import binomtest
-from test_generate import one_thread  # noqa: F401 (a fixture that every test here uses)
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.clean import personal
 from data_pipeline.token_shards import TokenShards, TokenSplit

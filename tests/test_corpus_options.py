@@ -420,8 +420,9 @@ def test_samples_stand_beside_their_pages(tmp_path: Path, masked: bool) -> None:
 
 def test_domains_beside_a_list(tmp_path: Path) -> None:
     sites = ("www.bad.test", "bad.test", "site3.test", "site4.test", "site5.test")
-    items = [{"url": f"https://{site}/", "text": text} for site, text in zip(sites, PROSE, strict=False)]
-    config = settings(tmp_path / "out", write_lines(tmp_path / "texts.jsonl", items), quality=QualityConfig())
+    pages = tmp_path / "pages.warc.gz"
+    warc_pages(pages, {f"https://{site}/": text for site, text in zip(sites, PROSE, strict=False)})
+    config = settings(tmp_path / "out", pages, source=Source.warc, quality=QualityConfig(), shards=1)
     build_corpus(config)
     path = tmp_path / "domains.txt"
     path.write_text("900 google\n500 bad\n400 site3\n 300 site4.test\n")

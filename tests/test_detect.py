@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.stats import mannwhitneyu
-from test_generate import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
+from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer

@@ -6,14 +6,15 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 import torch.multiprocessing
 from safetensors.torch import save_file
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 from torch.nn import functional as F
 
 from data_pipeline.token_shards import TokenShards
@@ -30,15 +31,6 @@ from gpt2train.release.hf import hf_config, to_hf_state
 
 TINY = ModelConfig("tiny", layers=2, channels=16, heads=2, context=32, dropout=0.3)
 TEXTS = [f"Document {i}: the naïve café has {i * i} visitors — ça va? " * (3 + i % 4) for i in range(12)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -62,14 +54,8 @@ def stream(data: Path) -> np.ndarray:
 
 
 def lively() -> GPT:
-    """An untrained model whose losses differ from token to token."""
-    model, generator = GPT(TINY, seed=1), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.3, generator=generator)
-        model.wte.weight[TINY.vocabulary :] = 0
-    return model
+    """As training leaves it: dropout is on."""
+    return tiny_models.lively(TINY, seed=1, spread=0.3).train()
 
 
 def loss_by_loop(model: GPT, tokens: np.ndarray, windows: int) -> float:

@@ -1,4 +1,4 @@
-"""Scores against transformers, sacrebleu, rouge-score and lm-evaluation-harness; ranks, kills, contamination."""
+"""`evaluate` as a command: its record, ranks, kills, contamination, reports; and tasks while a model trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,23 @@ import pytest
 import torch
 import torch.multiprocessing
 import training
+from evaluations import (  # noqa: F401 (fixtures)
+    ALONE,
+    SEEN,
+    TINY,
+    UNSEEN,
+    data_fixture,
+    eight_grams,
+    lively,
+    plain_nats,
+    read_evaluation,
+    run_fixture,
+    write_shards,
+)
 from safetensors.torch import save_file
-from torch.nn import functional as F
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.token_writer import TokenShardWriter
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
@@ -29,301 +40,16 @@ from gpt2train.config import ModelConfig
 from gpt2train.distributed import World
 from gpt2train.errors import ConfigError, NonFiniteError
 from gpt2train.evaluate import evaluate
-from gpt2train.evaluation import contamination, likelihood, measure, metrics, sources, suite, tasks, writing
+from gpt2train.evaluation import contamination, likelihood, measure, sources, suite, tasks, writing
 from gpt2train.evaluation.config import EvaluateCommandConfig
-from gpt2train.evaluation.items import Completions, LastWord
+from gpt2train.evaluation.items import LastWord
 from gpt2train.evaluation.tasks import TASKS
 from gpt2train.evaluation.work import shared_out
 from gpt2train.evaluation.writing import Writing
-from gpt2train.generation.decoding import sample
 from gpt2train.model import GPT
 from gpt2train.release.card import model_card
-from gpt2train.release.hf import hf_config, load_model, to_hf_state
+from gpt2train.release.hf import hf_config, to_hf_state
 from gpt2train.report import report
-
-TINY = ModelConfig("tiny", layers=2, channels=16, heads=2, context=128)
-ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def lively(config: ModelConfig = TINY) -> GPT:
-    """An untrained model whose likelihoods differ from token to token."""
-    model, generator = GPT(config, seed=1), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.3, generator=generator)
-        model.wte.weight[config.vocabulary :] = 0
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """A GPT2LMHeadModel, and the folder that transformers saved it to."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(7)
-    model = GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_embd=16, n_head=2, n_positions=128, initializer_range=0.3, attn_implementation="eager")
-    ).eval()
-    folder = tmp_path_factory.mktemp("theirs")
-    model.save_pretrained(folder)
-    return model, folder
-
-
-# -- the same weights, ours and transformers'
-
-
-@torch.no_grad()
-def their_log_likelihood(model: Any, tokens: np.ndarray, predicted: int) -> tuple[float, bool]:
-    """One sequence at a time, its softmax in float64."""
-    ids = torch.from_numpy(tokens.astype(np.int64))
-    log_p = model(ids[None, :-1], logits_to_keep=predicted).logits[0].double().log_softmax(-1)
-    wanted = ids[-predicted:]
-    return log_p.gather(1, wanted[:, None]).sum().item(), bool((log_p.argmax(-1) == wanted).all())
-
-
-def our_table(folder: Path, name: str, items: list[Any], budget: int = 1024) -> tuple[list[Any], np.ndarray]:
-    model, tokenizer = load_model(folder), load_tokenizer()
-    test_set = sources.TestSet(items, "a test", "")
-    prepared = measure.prepare(TASKS[name], test_set, tokenizer, model.config, stride=64, budget=budget)
-    found = [
-        likelihood.score(likelihood.plain_forward(model), batch, prepared.requests, device="cpu")
-        for batch in prepared.rows
-    ]
-    return prepared.requests, likelihood.scattered(prepared.rows, found, len(prepared.requests))
-
-
-@pytest.mark.parametrize(("name", "count"), [("lambada", 500), ("hellaswag", 200)])
-def test_log_likelihoods_equal_transformers(shared: Path, theirs: tuple[Any, Path], name: str, count: int) -> None:
-    """Tokens cut and joined by transformers' own tokenizer's rule: all of context and continuation, encoded once."""
-    model, folder = theirs
-    found = sources.find(TASKS[name], [str(shared / "eval")])
-    assert found is not None
-    items = sources.read(TASKS[name], found).items[:count]
-    requests, table = our_table(folder, name, items)
-    tokenizer = load_tokenizer()
-    pairs = [
-        pair
-        for item in items
-        for pair in (item.pairs if isinstance(item, Completions) else [(item.context, item.word)])
-    ]
-    assert len(pairs) == len(requests) == count * (1 if name == "lambada" else 4)
-    for (context, continuation), row, request in zip(pairs, table, requests, strict=True):
-        whole, bare = tokenizer.encode(context + continuation), tokenizer.encode(context)
-        predicted = len(whole) - len(bare)
-        expected, greedy = their_log_likelihood(model, whole[-129:], predicted)
-        assert row[likelihood.LOG_LIKELIHOOD] == pytest.approx(expected, abs=1e-4)
-        assert row[likelihood.GREEDY] == greedy
-        assert request.truncated == (len(whole) > 129)
-
-
-@pytest.mark.parametrize("count", [6_000, pytest.param(258_659, marks=pytest.mark.soak)])
-def test_wikitext_equals_transformers(shared: Path, theirs: tuple[Any, Path], count: int) -> None:
-    """WikiText-2's validation set by a sliding window over the raw file, each token predicted once."""
-    model, folder = theirs
-    text = (shared / "lm" / "wikitext-2_valid.txt").read_text(encoding="utf-8")
-    tokenizer = load_tokenizer()
-    tokens = np.concatenate([[END_OF_TEXT], tokenizer.encode(text)]).astype(np.uint16)
-    assert len(tokens) == 258_660
-    ours = load_model(folder)
-    requests = likelihood.windows(tokens[: count + 1], context=128, stride=64)
-    rows = likelihood.batches(requests, budget=1024)
-    found = [likelihood.score(likelihood.plain_forward(ours), batch, requests, device="cpu") for batch in rows]
-    table = likelihood.scattered(rows, found, len(requests))
-    assert sum(request.predicted for request in requests) == count
-    for request, row in zip(requests, table, strict=True):
-        expected, _ = their_log_likelihood(model, request.tokens, request.predicted)
-        assert row[likelihood.LOG_LIKELIHOOD] == pytest.approx(expected, rel=1e-6, abs=1e-4)
-
-
-def test_the_filter_and_the_last_token(theirs: tuple[Any, Path]) -> None:
-    """Columns of last words, from whole logits: the first choice that is no stop word, and the last token alone."""
-    model, folder = theirs
-    ours, tokenizer = load_model(folder), load_tokenizer()
-    ids = tokenizer.encode("The king went to his old")
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids[None].astype(np.int64))).logits[0, -1]
-    best, second = logits.topk(2).indices.tolist()
-    requests = [likelihood.Request(np.append(ids, np.uint16(token)), 1) for token in (best, second)]
-    rows = likelihood.batches(requests, budget=1024)
-    assert len(rows) == 1, "the same input is one row"
-    assert len(rows[0]) == 1
-    for filtered, expected in ((None, [1, 0]), (torch.tensor([best]), [0, 1]), (torch.tensor([best, second]), [0, 0])):
-        table = likelihood.score(likelihood.plain_forward(ours), rows[0], requests, device="cpu", filtered=filtered)
-        assert table[:, likelihood.GREEDY].tolist() == [1, 0]
-        assert table[:, likelihood.GREEDY_FILTERED].tolist() == expected
-        assert table[:, likelihood.LAST_LOG_LIKELIHOOD].tolist() == table[:, likelihood.LOG_LIKELIHOOD].tolist()
-    stop = likelihood.first_tokens(tokenizer, ["the", "unbelievableness"])
-    assert [tokenizer.decode([token]) for token in stop.tolist()] == [" the", " The"]
-
-
-def test_inputs_that_begin_others_share_their_rows() -> None:
-    """Four requests, two of them within others: two rows, and each number as when it is asked alone."""
-    model = lively()
-    tokens = np.arange(1000, 1040, dtype=np.uint16)
-    requests = [
-        likelihood.Request(tokens[:20], 3),
-        likelihood.Request(np.append(tokens[:9], np.uint16(7)), 1),
-        likelihood.Request(tokens, 39),
-        likelihood.Request(tokens[5:30], 2),
-    ]
-    rows = likelihood.batches(requests, budget=10_000)
-    assert [[row.requests for row in batch] for batch in rows] == [[[0, 1, 2], [3]]]
-    together = likelihood.scattered(
-        rows, [likelihood.score(likelihood.plain_forward(model), rows[0], requests, device="cpu")], 4
-    )
-    for i, request in enumerate(requests):
-        ((row,),) = likelihood.batches([request], budget=1)
-        alone = likelihood.score(likelihood.plain_forward(model), [row], [request], device="cpu")
-        assert together[i] == pytest.approx(alone[0], abs=1e-4)
-
-
-def test_batches_keep_their_bounds() -> None:
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(2, 200, size=300)
-    requests = [
-        likelihood.Request(generator.integers(0, 50_000, size=n).astype(np.uint16), 1 + n // 3) for n in lengths
-    ]
-    rows = likelihood.batches(requests, budget=1000)
-    assert sorted(i for batch in rows for row in batch for i in row.requests) == list(range(300))
-    for batch in rows:
-        longest = max(len(row.tokens) for row in batch)
-        assert longest * len(batch) <= 1000 or len(batch) == 1
-    padded = sum(max(len(row.tokens) for row in batch) * len(batch) for batch in rows)
-    assert padded < 1.05 * sum(len(request.tokens) - 1 for request in requests), "like lengths stand together"
-
-
-@pytest.mark.parametrize(
-    ("context", "continuation", "predicted"),
-    [("Hello", " world", 1), ("Hello ", "world", 1), ("", "Hello world", 2), ("Hel", "lo", 1), ("a\n\n", "b", 3)],
-)
-def test_where_a_continuation_begins(context: str, continuation: str, predicted: int) -> None:
-    tokenizer = load_tokenizer()
-    made = likelihood.request(tokenizer, context, continuation, limit=10)
-    whole = tokenizer.encode(context + continuation).tolist()
-    start = [END_OF_TEXT] if len(whole) == predicted else []
-    assert made.tokens.tolist() == start + whole
-    assert made.predicted == predicted
-
-
-# -- scores
-
-
-def test_means_and_bootstraps_agree() -> None:
-    values = (np.random.default_rng(1).random(400) < 0.3).astype(float)
-    by_mean = metrics.mean(values)
-    p = values.mean()
-    assert by_mean.stderr == pytest.approx(math.sqrt(p * (1 - p) / 399))
-    columns = np.stack([values, np.ones(400)], axis=1)
-    by_bootstrap = metrics.of_sums(columns, lambda sums: sums[0] / sums[1])
-    assert by_bootstrap.value == pytest.approx(by_mean.value)
-    assert by_bootstrap.stderr == pytest.approx(by_mean.stderr, rel=0.1)
-    assert metrics.of_sums(columns, lambda sums: sums[0] / sums[1]) == by_bootstrap
-    assert metrics.mean(np.ones(1)).stderr is None
-    assert metrics.Score(math.inf, math.nan).as_json() == {"value": None, "stderr": None}
-
-
-def test_completion_scores_by_hand() -> None:
-    items = [Completions((("c", " aaaa"), ("c", " bb")), 0), Completions((("c", " a"), ("c", " bbbb")), 0)]
-    requests = [likelihood.Request(np.zeros(9, np.uint16), n) for n in (4, 1, 2, 1)]
-    table = np.zeros((4, len(likelihood.COLUMNS)))
-    table[:, likelihood.LOG_LIKELIHOOD] = [-4.0, -3.0, -1.0, -2.0]
-    scores = {name: score.value for name, score in metrics.completion_scores(items, requests, table).items()}
-    # Sums: the second, the first. Per character: -1 over -1.5; -1 under -.5. Per token: -1 over -3; -.5 over -2.
-    assert scores == {"accuracy": 0.5, "accuracy_norm": 0.5, "accuracy_token_norm": 1.0}
-    partial = [Completions((("x", " c"), ("y", " c")), 1)]
-    assert list(metrics.completion_scores(partial, requests[:2], table[:2])) == ["accuracy"]
-
-
-def test_answers_as_squad_compares_them() -> None:
-    scores = metrics.match_scores(["The Eiffel Tower!", "in Paris"], [["eiffel tower"], ["London", "Paris, France"]])
-    assert scores["exact_match"].value == 0.5
-    assert scores["f1"].value == pytest.approx((1 + 0.5) / 2)
-
-
-WRITTEN = ["The cat sat on the mat today.", "It is raining in the big city now.", "", "A small dog runs."]
-WANTED = [["The cat is on the mat."], ["It rains in the city now."], ["Nothing."], ["A small dog runs."]]
-
-
-def test_bleu_is_sacrebleus() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu")
-    expected = sacrebleu.corpus_bleu(WRITTEN, [[refs[0] for refs in WANTED]]).score
-    assert metrics.bleu_scores(WRITTEN, WANTED)["bleu"].value == pytest.approx(expected)
-
-
-def test_rouge_is_of_three_sentences() -> None:
-    rouge = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rougeLsum"], use_stemmer=True)
-    written, wanted = "One dog. Two dogs!\nThree cats? Four hens.", "One dog.\nThree cats."
-    scores = metrics.rouge_scores([written, written], [[wanted], ["Nothing"]])
-    expected = rouge.score(wanted, "One dog.\nTwo dogs!\nThree cats?")
-    assert scores["rouge1"].value == pytest.approx(expected["rouge1"].fmeasure / 2)
-    assert scores["rougeL"].value == pytest.approx(expected["rougeLsum"].fmeasure / 2)
-
-
-# -- writing
-
-
-def test_writing_together_is_writing_alone() -> None:
-    """Greedy, four prompts of two lengths, also beyond the context: the tokens of `sample`, one prompt at a time."""
-    model, tokenizer = lively(), load_tokenizer()
-    generator = np.random.default_rng(3)
-    prompts = [generator.integers(0, 50_000, size=n).astype(np.uint16) for n in (5, 5, 9, 120)]
-    sampling = Writing(12, (), 1)
-    made = writing.batches(prompts, sampling, model.config, budget=64)
-    assert made == [[3], [2], [0, 1]]
-    for batch in made:
-        found = writing.write(model, [prompts[i] for i in batch], sampling, tokenizer)
-        for i, row in zip(batch, found, strict=True):
-            expected = list(
-                sample(model, prompts[i].tolist(), max_new_tokens=12, temperature=0.0, top_k=0, top_p=1.0, seed=0)
-            )
-            written = row[row != writing.NOTHING].astype(int).tolist()
-            assert written == expected
-
-
-def test_sampling_depends_on_the_prompt_alone() -> None:
-    model, tokenizer = lively(), load_tokenizer()
-    prompts = [np.array([i, 2, 3], np.uint16) for i in range(4)]
-    sampling = Writing(10, (), 2)
-    together = writing.write(model, prompts, sampling, tokenizer)
-    alone = np.concatenate([writing.write(model, [ids], sampling, tokenizer) for ids in reversed(prompts)])[::-1]
-    assert np.array_equal(together, alone)
-    assert not np.array_equal(together, writing.write(model, prompts, Writing(10, (), 1), tokenizer))
-
-
-def test_a_stop_string_ends_what_is_written() -> None:
-    behind, strict = Writing(9, ("\n",), 1), Writing(9, ("\n", " x"), 1, stops_behind_text=False)
-    assert writing.until_stop("\n an onion\nQuestion", behind) == "an onion"
-    assert writing.until_stop(" an onion x\nQuestion", strict) == " an onion"
-    assert writing.until_stop("\nonion", strict) == ""
-    tokenizer, model = load_tokenizer(), lively()
-    prompt = np.array([1, 2, 3], np.uint16)
-    free = writing.write(model, [prompt], Writing(12, (), 1), tokenizer)[0]
-    text = writing.text_of(free, tokenizer)
-    stop = tokenizer.decode(free[4:5].astype(int))
-    stopped = writing.write(model, [prompt], Writing(12, (stop,), 1), tokenizer)[0]
-    assert stop in text
-    assert (stopped != writing.NOTHING).sum() < 12
-    assert writing.text_of(stopped, tokenizer) == text[: len(writing.text_of(stopped, tokenizer))]
-
-
-def test_a_long_article_loses_its_end_and_keeps_its_cue() -> None:
-    tokenizer = load_tokenizer()
-    ids, cut = writing.prompt_ids(tokenizer, "one two three four", "\nTL;DR:", limit=6, cut_end=True)
-    assert (tokenizer.decode(ids), cut) == ("one\nTL;DR:", True)
-    ids, cut = writing.prompt_ids(tokenizer, "one two three four", "", limit=2, cut_end=False)
-    assert (tokenizer.decode(ids), cut) == (" three four", True)
-    assert writing.prompt_ids(tokenizer, "", "", limit=2, cut_end=False)[0].tolist() == [END_OF_TEXT]
-
 
 # -- work that is shared out, and killed
 
@@ -424,28 +150,6 @@ def test_a_model_that_diverged_is_told() -> None:
 # -- contamination
 
 
-def write_shards(folder: Path, texts: list[str], *, shard_tokens: int = 200) -> Path:
-    tokenizer = load_tokenizer()
-    folder.mkdir()
-    with TokenShardWriter(folder, shard_tokens=shard_tokens, tokenizer_sha256=tokenizer.sha256) as writer:
-        for i, text in enumerate(texts):
-            ids = np.append(tokenizer.encode(text), np.uint16(END_OF_TEXT)).astype(np.uint16)
-            digest = hashlib.sha256(text.encode()).hexdigest()
-            split = "validation" if text.startswith("Held") else "train"
-            writer.append(split, ids, index=i, url=f"http://d{i}.test/", digest=digest)
-        writer.finish(made_from="texts of a test", settings={})
-    return folder
-
-
-SEEN = "Seven brave sailors crossed the wide and stormy sea before the winter came to their island."
-UNSEEN = "Nobody in the quiet village had ever heard of such a strange and wonderful machine as this."
-
-
-def eight_grams(text: str) -> set[str]:
-    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return {" ".join(words[i : i + 8]) for i in range(len(words) - 7)}
-
-
 @pytest.mark.parametrize("block_tokens", [7, 50, 1 << 20])
 def test_overlap_is_counted_exactly(tmp_path: Path, block_tokens: int) -> None:
     """Against sets of strings; whatever the blocks, no document is cut and none counts twice."""
@@ -471,36 +175,6 @@ def test_overlap_is_counted_exactly(tmp_path: Path, block_tokens: int) -> None:
 
 
 # -- the command
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run folder with a checkpoint and token shards that hold half of a test set."""
-    model = lively()
-    folder = tmp_path / "run"
-    tensors = ((n, w, torch.zeros_like(w), torch.zeros_like(w)) for n, w in model.state_dict().items())
-    checkpoint.save(folder, 40, tensors, {"step": 40, "tokens": 1280, "model": TINY.to_json()})
-    shards = write_shards(tmp_path / "tokens", [SEEN, "Held out. " + "More words here. " * 60])
-    (folder / "versions.json").write_text(json.dumps({"data": {"path": str(shards)}}))
-    return folder
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [{"text": SEEN.rstrip(".")}, {"text": UNSEEN.rstrip(".")}, {"text": "A third text of few words"}]
-    (folder / "lambada_test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    choices = [{"query": f"Cats and {i}", "choices": ["eat", "drink"], "gold": i % 2} for i in range(9)]
-    (folder / "openbook_qa.jsonl").write_text("\n".join(map(json.dumps, choices)))
-    (folder / "ptb.test.txt").write_text(" no it was n't black monday \n but while <unk> fell \n" * 30)
-    questions = [{"question": f"Who is {i}?", "answer": "Ann"} for i in range(5)]
-    (folder / "triviaqa.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    return folder
-
-
-def read_evaluation(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "evaluation.json").read_text())
 
 
 def test_the_command_measures_and_records(
@@ -545,20 +219,6 @@ def test_the_command_measures_and_records(
     (data / "openbook_qa.jsonl").write_text(corrected)
     with pytest.raises(TypeError):
         evaluate(dataclasses.replace(config, validation=False, tasks=["openbookqa"]))
-
-
-def plain_nats(model: GPT, tokens: np.ndarray, *, context: int, stride: int) -> float:
-    """A sliding window, one at a time, from whole logits."""
-    nats, done = 0.0, 0
-    while done < len(tokens) - 1:
-        end = min(max(done + stride, context), len(tokens) - 1)
-        start = max(end - context, 0)
-        ids = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
-        with torch.no_grad():
-            logits = model(ids[None, :-1])[0].double()
-        nats += F.cross_entropy(logits, ids[1:], reduction="none")[done - start :].sum().item()
-        done = end
-    return nats
 
 
 def _killed_evaluation(run: str, data: str, after: int) -> None:
@@ -665,142 +325,6 @@ def test_tasks_need_gpt2s_vocabulary(tmp_path: Path, data: Path) -> None:
     save_file(to_hf_state(GPT(small).state_dict(), small), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="its 100 tokens are fewer than GPT-2's 50257"):
         evaluate(EvaluateCommandConfig(run=str(tmp_path), tasks=["lambada"], task_data=[str(data)]))
-
-
-# -- lm-evaluation-harness
-
-LAMBADA_YAML = """task: local_lambada
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-output_type: loglikelihood
-test_split: test
-doc_to_text: "{{{{text.split(' ')[:-1]|join(' ')}}}}"
-doc_to_target: "{{{{' '+text.split(' ')[-1]}}}}"
-metric_list: [{{metric: perplexity}}, {{metric: acc}}]
-"""
-CHOICE_YAML = """task: local_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{query}}}}"
-doc_to_target: "{{{{gold}}}}"
-doc_to_choice: "{{{{choices}}}}"
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-WRITE_YAML = """task: local_write
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-output_type: generate_until
-test_split: test
-doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
-ROLLING_YAML = """task: local_rolling
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-output_type: loglikelihood_rolling
-test_split: test
-doc_to_text: ""
-doc_to_target: "{{{{text}}}}"
-metric_list: [{{metric: byte_perplexity}}]
-"""
-
-
-@pytest.mark.filterwarnings("ignore")  # the harness and what it imports warn of their own affairs
-def test_lm_evaluation_harness_has_the_same_numbers(
-    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where both have a task: the harness's own code around our scoring, beside our own tasks."""
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    yaml = tmp_path / "yaml"
-    yaml.mkdir()
-    for name, text, file in (
-        ("lambada", LAMBADA_YAML, "lambada_test.jsonl"),
-        ("choice", CHOICE_YAML, "openbook_qa.jsonl"),
-        ("write", WRITE_YAML, "triviaqa.jsonl"),
-        ("rolling", ROLLING_YAML, "lambada_test.jsonl"),
-    ):
-        (yaml / f"{name}.yaml").write_text(text.format(file=data / file))
-    names = ["local_lambada", "local_choice", "local_write", "local_rolling"]
-    config = EvaluateCommandConfig(
-        run=str(run),
-        tasks=["lambada", "openbookqa"],
-        task_data=[str(data)],
-        harness=names,
-        harness_path=str(yaml),
-        validation=False,
-    )
-    assert evaluate(config) == 0
-    found = read_evaluation(run)
-    ours = {record["name"]: {k: s["value"] for k, s in record["scores"].items()} for record in found["tasks"]}
-    theirs = {name: found["harness"][name]["scores"] for name in names}
-    assert theirs["local_lambada"]["perplexity,none"] == pytest.approx(ours["lambada"]["perplexity"], rel=1e-6)
-    assert theirs["local_lambada"]["acc,none"] == ours["lambada"]["accuracy"]
-    assert theirs["local_choice"]["acc,none"] == ours["openbookqa"]["accuracy"]
-    assert theirs["local_choice"]["acc_norm,none"] == ours["openbookqa"]["accuracy_norm"]
-    assert theirs["local_write"]["exact_match,none"] == 0
-    texts = [json.loads(line)["text"] for line in (data / "lambada_test.jsonl").read_text().split("\n")]
-    nats = [
-        plain_nats(lively(), np.concatenate([[END_OF_TEXT], load_tokenizer().encode(t)]), context=128, stride=128)
-        for t in texts
-    ]
-    expected = math.exp(sum(nats) / sum(len(t.encode()) for t in texts))
-    assert theirs["local_rolling"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-5)
-    assert "lm-evaluation-harness" in capsys.readouterr().out
-
-
-@pytest.mark.soak
-@pytest.mark.filterwarnings("ignore")
-def test_a_task_that_the_harness_does_not_know_is_told(run: Path) -> None:
-    """Reading the names of all its tasks takes it long."""
-    with pytest.raises(ConfigError, match=r"harness=no_such_task: lm-evaluation-harness .* has no such task"):
-        evaluate(EvaluateCommandConfig(run=str(run), harness=["no_such_task"], validation=False))
-
-
-# -- GLTR: GPT-2's own numbers for known texts
-
-
-def gltr_files(shared: Path) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((shared / "gltr").glob("*.json"))]
-
-
-def byte_signs() -> dict[str, int]:
-    """GPT-2's printable sign of each byte → the byte (openai/gpt-2, src/encoder.py, bytes_to_unicode)."""
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-def test_gltrs_pieces_are_ours(shared: Path) -> None:
-    tokenizer, signs = load_tokenizer(), byte_signs()
-    for file in gltr_files(shared):
-        pieces = file["result"]["bpe_strings"]
-        assert pieces[0] == "<|endoftext|>"
-        ours = [tokenizer.decode_bytes([i]) for i in tokenizer.encode(file["request"]["text"]).tolist()]
-        assert ours == [bytes(signs[sign] for sign in piece) for piece in pieces[1:]]
-
-
-@pytest.mark.skipif(
-    "GPT2TRAIN_GPT2_SMALL" not in os.environ,
-    reason="GPT2TRAIN_GPT2_SMALL does not name a folder with OpenAI's 124M weights in Hugging Face format",
-)
-def test_gltrs_ranks_and_probabilities_are_ours(shared: Path) -> None:
-    """Rank (0: the likeliest) and probability of every token, as GLTR had them from GPT-2 117M."""
-    model, tokenizer = load_model(os.environ["GPT2TRAIN_GPT2_SMALL"]), load_tokenizer()
-    for file in gltr_files(shared):
-        ids = np.concatenate([[END_OF_TEXT], tokenizer.encode(file["request"]["text"])]).astype(np.int64)[:1024]
-        with torch.no_grad():
-            p = model(torch.from_numpy(ids[None, :-1]))[0].double().softmax(-1)
-        own = p.gather(1, torch.from_numpy(ids[1:, None]))
-        ranks = (p > own).sum(-1)
-        wanted = file["result"]["real_topk"][: len(ids) - 1]
-        assert own[:, 0].tolist() == pytest.approx([w[1] for w in wanted], abs=2e-4)
-        assert sum(a != w[0] for a, w in zip(ranks.tolist(), wanted, strict=True)) <= len(wanted) // 100
 
 
 def test_scores_are_in_the_report_and_in_the_model_card(run: Path, data: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
@@ -23,7 +23,6 @@ from gpt2train.claim import Claim, identity
 from gpt2train.config import ModelConfig, TrainConfig
 from gpt2train.errors import CheckpointError, ConfigError, GPT2TrainError
 from gpt2train.generation.decoding import sample
-from gpt2train.model import GPT
 from gpt2train.release import export
 from gpt2train.release.config import ExportConfig, ImportConfig
 from gpt2train.release.export import export_run, import_model
@@ -31,7 +30,6 @@ from gpt2train.release.hf import load_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 
-TINY = ModelConfig("tiny", layers=2, channels=32, heads=2, context=64)
 FILES = {
     "README.md",
     "config.json",
@@ -41,26 +39,6 @@ FILES = {
     "tokenizer_config.json",
     "vocab.json",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def lively(config: ModelConfig) -> GPT:
-    """An untrained model whose greedy text does not settle on one token."""
-    model, generator = GPT(config).eval(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.4, generator=generator)
-        model.wte.weight[config.vocabulary :] = 0
-    return model
 
 
 def make_run(folder: Path, config: ModelConfig = TINY) -> Path:

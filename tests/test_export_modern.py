@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_export import FILES, lively, make_run
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.config import ModelConfig
@@ -27,15 +27,6 @@ transformers = pytest.importorskip("transformers", reason="transformers is the r
 MODERN = ModelConfig(
     "tiny", layers=2, channels=32, heads=2, context=64, tied_head=False, logit_softcap=15.0, **nanochat.NETWORK
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.stats import chisquare
+from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
 from torch.nn import functional as F
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
@@ -41,21 +42,8 @@ from gpt2train.release.hf import hf_config, to_hf_state
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 
-TINY = ModelConfig("tiny", layers=2, channels=32, heads=2, context=64)
 GREEDY = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "seed": 0}
 MIXED = "naïve 日本語 🤷🏽‍♀️ Ελληνικά — العربية"
-
-
-def lively(config: ModelConfig, seed: int = 0) -> GPT:
-    """An untrained model with weights so large that its greedy text does not settle on one token."""
-    model = GPT(config, seed=seed).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.4, generator=generator)
-        model.wte.weight[config.vocabulary :] = 0
-    return model
 
 
 def always(config: ModelConfig, token: int) -> GPT:
@@ -74,15 +62,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_json(path / "config.json", hf_config(TINY))
     save_file(to_hf_state(lively(TINY).state_dict(), TINY), path / "model.safetensors")
     return path
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # -- filters

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from gpt2train.config import Device, ModelConfig
 from gpt2train.errors import CheckpointError, ConfigError
@@ -56,15 +56,6 @@ def save_pretrained(config: ModelConfig, folder: Path, **options: object) -> Non
     torch.manual_seed(3)
     settings = transformers.GPT2Config(**hf_config(config))
     transformers.GPT2LMHeadModel(settings).save_pretrained(folder, **options)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("config", [TINY, replace(TINY, vocabulary=320), SMALL], ids=["tiny", "no padding", "124M"])

@@ -7,11 +7,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from gpt2train.bounds import check
 from gpt2train.config import AttentionKernel, KernelsConfig, LossKernel, ModelConfig, Precision, TrainConfig, ZeroConfig
@@ -23,15 +23,6 @@ from gpt2train.network.float8 import to_float8
 TINY = ModelConfig(layers=2, channels=32, heads=2, context=24, vocabulary=301)
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def gradients(model: GPT) -> list[torch.Tensor]:

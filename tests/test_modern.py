@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 from torch.nn import functional as F
 
 from data_pipeline.tokenizer import END_OF_TEXT
@@ -55,15 +55,6 @@ def randomized(config: ModelConfig, **options: object) -> GPT:
 
 def tokens(config: ModelConfig, batch: int, length: int) -> torch.Tensor:
     return torch.randint(0, config.vocabulary, (batch, length), generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @ALL

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 from torch import Tensor
 from training import TINY, Ranks, read_metrics, write_tokens
 
@@ -40,15 +40,6 @@ MODERN: dict[str, Any] = {
     "optimizer.head_lr_ratio": 0.5,
 }
 STEPS, CUT = 10, 5
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny tensors gain nothing from threads, and on a busy machine wait for them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
-from test_generate import MIXED, TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
+from test_generate import MIXED
+from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.generation.decoding import sample

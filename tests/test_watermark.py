@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
-from test_generate import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
+from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.tokenizer import VOCABULARY
 from gpt2train.errors import ConfigError
