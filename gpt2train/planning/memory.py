@@ -7,7 +7,7 @@ ZeRO stage (read in its code, measured on one and two ranks), activations tensor
 the backward pass. Three moments can be the worst: the end of the forward pass, when the loss has its logits; the
 backward pass through the last block; its end, when all gradients stand. The update needs less than either.
 
-tests/test_plan_memory.py holds this against the bytes that torch really allocates. What it cannot see on a CPU are the
+tests/test_plan.py holds this against the bytes that torch really allocates. What it cannot see on a CPU are the
 insides of GPU kernels and libraries; OVERHEAD_BYTES and FRAGMENTATION stand for those.
 
 Letters: N parameters (the embedding's padding included), W ranks, u = positions × channels × bytes a number: the
