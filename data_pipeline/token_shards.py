@@ -283,7 +283,7 @@ def fetch_token_shards(address: str, cache: str | Path = "") -> Path:
     if fault := address_fault(address):
         raise NotTokenShardsError(f"{shown(address)}: {fault}; see docs/storage.md")
     cache = token_cache(cache)
-    bucket = Bucket(address, StorageConfig())
+    bucket = Bucket(address, retry_s=StorageConfig().retry_s)
     content = bucket.read(MANIFEST)
     if content is None:
         raise NotTokenShardsError(f"{address}: holds no {MANIFEST}; give the place of OUT/tokens")

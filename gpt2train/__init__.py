@@ -33,6 +33,6 @@ The rooms, in the order a run meets them:
     commands/   the table of commands, help and completion, commands that join packages
     cli         the command line
 
-From data_pipeline only `token_shards` and `tokenizer` are imported (commands/joined and evaluation/contamination
-aside); deepspeed only in engine and checkpoint.
+From data_pipeline only `token_shards` and `tokenizer` are imported (commands/joined aside, evaluation/contamination,
+release/audit and saving/bucket, whose work must be the same on both sides); deepspeed only in engine and checkpoint.
 """

@@ -44,7 +44,7 @@ def config_fixture(tmp_path: Path) -> CorpusConfig:
 
 def stored(address: str) -> dict[str, bytes]:
     """What lies in the bucket, without what is the run's own."""
-    place = Bucket(address, QUICK)
+    place = Bucket(address, retry_s=QUICK.retry_s)
     return {name: place.read(name) or b"" for name in place.list() if not name.startswith(".")}
 
 

@@ -34,7 +34,7 @@ def restored(bucket: Bucket, folder: Path) -> dict[str, bytes]:
 
 
 def test_growing_files_are_stored_up_to_what_can_never_change(memory: str, tmp_path: Path) -> None:
-    bucket, here = Bucket(f"{memory}/corpus", QUICK), tmp_path / "here"
+    bucket, here = Bucket(f"{memory}/corpus", retry_s=QUICK.retry_s), tmp_path / "here"
     growing = Growing(bucket, here)
     growing.begin({})
     add_pages(here, range(4))
@@ -61,7 +61,7 @@ def test_growing_files_are_stored_up_to_what_can_never_change(memory: str, tmp_p
 
 
 def test_segments_that_differ_from_what_lies_here_are_replaced(memory: str, tmp_path: Path) -> None:
-    bucket, here = Bucket(f"{memory}/corpus", QUICK), tmp_path / "here"
+    bucket, here = Bucket(f"{memory}/corpus", retry_s=QUICK.retry_s), tmp_path / "here"
     growing = Growing(bucket, here)
     growing.begin({})
     add_pages(here, range(3))
@@ -85,7 +85,7 @@ def test_segments_that_differ_from_what_lies_here_are_replaced(memory: str, tmp_
 
 
 def test_files_stored_whole_may_grow_on(memory: str, tmp_path: Path) -> None:
-    bucket, here = Bucket(f"{memory}/corpus", QUICK), tmp_path / "here"
+    bucket, here = Bucket(f"{memory}/corpus", retry_s=QUICK.retry_s), tmp_path / "here"
     add_pages(here, range(3))
     whole = {name: bucket.put(name, content).bytes for name, content in files_of(here).items()}
     add_pages(here, range(3, 5))

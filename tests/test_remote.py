@@ -16,7 +16,6 @@ import pytest
 from test_checkpoint import holds, tensors
 from training import TINY, Ranks, read_metrics, write_tokens, written_steps
 
-from data_pipeline.config import StorageConfig
 from data_pipeline.storage.bucket import Bucket
 from gpt2train import checkpoint
 from gpt2train.bounds import check
@@ -226,7 +225,7 @@ def test_through_s3(s3: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_on_an_empty_machine(s3: str, tmp_path: Path) -> None:
     """Two ranks, killed; another folder takes up from S3 what was copied and comes to the undisturbed run's losses."""
-    tokens, store = write_tokens(tmp_path / "tokens"), Bucket(f"{s3}/tokens", StorageConfig())
+    tokens, store = write_tokens(tmp_path / "tokens"), Bucket(f"{s3}/tokens", retry_s=60)
     for path in tokens.iterdir():
         store.put(path.name, path.read_bytes())
     often = {"data.path": f"{s3}/tokens", "steps": 40, "checkpoint.every_steps": 10, "checkpoint.keep_last": 1}

@@ -150,7 +150,7 @@ def test_damage_in_the_bucket_is_noticed_and_mended(
     remote = replace(config, out=f"{memory}/corpus", work=str(tmp_path / "work"))
     build_corpus(remote)
     whole = stored(remote.out)
-    place = Bucket(remote.out, QUICK)
+    place = Bucket(remote.out, retry_s=QUICK.retry_s)
     for name in ("extract/00001.parquet", "filter/00000.done.json", "tokens/train_00000.bin"):
         content = bytearray(whole[name])
         content[len(content) // 2] ^= 1
@@ -201,7 +201,7 @@ def test_kill_9_and_another_machine_each_time(config: CorpusConfig, bucket: str,
     for number, files in enumerate((15, 35)):
         remote = replace(config, out=f"{bucket}/corpus", work=str(tmp_path / f"machine{number}"))
         process = subprocess.Popen(command(remote), stderr=subprocess.PIPE, start_new_session=True)
-        place = Bucket(remote.out, QUICK)
+        place = Bucket(remote.out, retry_s=QUICK.retry_s)
         while process.poll() is None and len([n for n in place.list() if not n.startswith(".")]) < files:
             time.sleep(0.02)
         if process.poll() is None:
@@ -317,7 +317,7 @@ def test_a_fetch_goes_on_elsewhere_from_what_was_stored(bucket: str, tmp_path: P
             stderr=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
 
-    place = Bucket(f"{bucket}/corpus", QUICK)
+    place = Bucket(f"{bucket}/corpus", retry_s=QUICK.retry_s)
     first = start("one", "fetch.delay_s=0.5")
     while first.poll() is None and not any("journal" in n for n in place.list() if n.startswith(".growing/")):
         time.sleep(0.05)

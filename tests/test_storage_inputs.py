@@ -65,7 +65,7 @@ def test_file_addresses_are_local_folders(config: CorpusConfig, tmp_path: Path) 
 def test_inputs_come_from_buckets_and_are_named_by_their_addresses(
     config: CorpusConfig, memory: str, tmp_path: Path
 ) -> None:
-    place = Bucket(f"{memory}/in", QUICK)
+    place = Bucket(f"{memory}/in", retry_s=QUICK.retry_s)
     place.put("texts/a.jsonl", Path(config.path).read_bytes())
     place.put("test.txt", PROSE[3].encode())
     remote = replace(config, path=f"{memory}/in/texts", work=str(tmp_path / "work"), out=str(tmp_path / "out"))
@@ -96,7 +96,7 @@ def test_inputs_come_from_buckets_and_are_named_by_their_addresses(
 def test_token_shards_are_brought_and_checked(config: CorpusConfig, memory: str, tmp_path: Path) -> None:
     build_corpus(config)
     local = Path(config.out) / "tokens"
-    place = Bucket(f"{memory}/tokens", QUICK)
+    place = Bucket(f"{memory}/tokens", retry_s=QUICK.retry_s)
     for name, content in files_of(local).items():
         place.put(name, content)
     folder = fetch_token_shards(place.address, tmp_path / "cache")
@@ -149,7 +149,7 @@ def test_a_corpus_in_a_bucket_is_looked_at(
     assert {"ledger", "documents"} <= brought
     assert not list(page.parent.rglob("*.bin"))  # tokens are not needed, and not brought
     assert build_corpus(replace(remote, what_if=["dedup.near=false"])) == 0
-    Bucket(f"{memory}/lists", QUICK).put("gone.txt", b"site3.test\n")
+    Bucket(f"{memory}/lists", retry_s=QUICK.retry_s).put("gone.txt", b"site3.test\n")
     build_corpus(replace(remote, forget=f"{memory}/lists/gone.txt"))
     assert why(WhyConfig("https://site3.test/3", remote.out)) == 0
     assert "dropped at extract: forgotten" in capsys.readouterr().out

@@ -1,8 +1,9 @@
 """One place in a bucket, through fsspec: list, put, get, create. Each request is tried again while it may help.
 
-Names are relative to the place. What comes back of a file is its size and an identity that changes whenever it is
-written anew: the store's ETag, or else the time of writing. A file is there as a whole or not at all (S3 and GCS show
-an object once all of it has come, and compare its checksum on the way); its size is looked at after each transfer.
+A corpus's files go through here, and copies of checkpoints. Names are relative to the place. What comes back of a file
+is its size and an identity that changes whenever it is written anew: the store's ETag, or else the time of writing. A
+file is there as a whole or not at all (S3 and GCS show an object once all of it has come, and compare its checksum on
+the way); its size is looked at after each transfer.
 
 Credentials come from the environment or the machine's role, as the store's own client finds them. No error says more
 than the store's answer, and nothing of the environment's secrets.
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.config import StorageConfig
 from data_pipeline.records import InputError, PipelineError, StorageError
 from data_pipeline.store import write_atomic
 
@@ -53,11 +53,21 @@ class Stored:
 
 
 class Bucket:
-    """`address` is s3://bucket/place and the like. Raises InputError when its client is not installed."""
+    """`address` is s3://bucket/place and the like. Raises InputError when its client is not installed.
 
-    def __init__(self, address: str, config: StorageConfig) -> None:
+    A request that fails is tried again for `retry_s` seconds; then StorageError says so, and ends with `remedy`.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        retry_s: float,
+        remedy: str = "earlier results are intact, run the same command again once mended",
+    ) -> None:
         self.address = address.rstrip("/")
-        self.retry_s = config.retry_s
+        self.retry_s = retry_s
+        self._remedy = remedy
         scheme = address.split("://", 1)[0]
         import fsspec
 
@@ -65,6 +75,8 @@ class Bucket:
         if scheme == "s3":
             # A request that hangs is given up and tried again; uploads of large files are many requests.
             options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60}
+        if scheme == "file":
+            options["auto_mkdir"] = True  # as a bucket has no folders to make
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self.address, **options)
         except ImportError:
@@ -169,8 +181,7 @@ class Bucket:
                 refused = isinstance(e, _ANSWERS) or type(e).__name__.startswith(_REFUSALS)
                 if refused or time.monotonic() + wait_s > end:
                     kind = "refused" if refused else f"failed for {self.retry_s:g} s"
-                    remedy = "check rights and credentials" if refused else "earlier results are intact"
-                    remedy += ", run the same command again once mended"
+                    remedy = f"check rights and credentials; {self._remedy}" if refused else self._remedy
                     raise StorageError(f"{self.address}: {what}: {kind} ({reason(e)}); {remedy}") from None
             time.sleep(wait_s * random.uniform(0.5, 1.0))  # not all transfers at the same moment
             wait_s = min(2 * wait_s, LONGEST_WAIT_S)
@@ -185,6 +196,6 @@ def reason(e: BaseException) -> str:
     """An error's first line, without what the environment keeps secret and without credentials in addresses."""
     text = (str(e).strip().split("\n")[0] or type(e).__name__)[:300]
     for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
+        if len(value) >= 6 and _SECRET_NAME.search(name):
             text = text.replace(value, "…")
     return re.sub(r"://[^/@\s]*@", "://…@", text)

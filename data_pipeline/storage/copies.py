@@ -38,7 +38,7 @@ def bring(address: str, work: Path, config: StorageConfig, only: tuple[str, ...]
     # Of one address all is brought here, and parts of it elsewhere: what one reader does not need another does.
     kind = "inputs" if only == ALL else f"parts/{hashlib.sha256(repr(only).encode()).hexdigest()[:8]}"
     home = folder_of(address, work, kind)
-    bucket = Bucket(address, config)
+    bucket = Bucket(address, retry_s=config.retry_s)
     with lock(home, wait_s=WAIT_S):
         there = {n: s for n, s in bucket.list().items() if not n or any(fnmatch(n, pattern) for pattern in only)}
         if not there:

@@ -21,7 +21,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,9 @@ class Lease:
     """Held from `acquire` to `release`; a thread keeps it alive."""
 
     def __init__(self, address: str, config: StorageConfig, say: Callable[[str], None]) -> None:
-        self.bucket = Bucket(address, config)
+        self.bucket = Bucket(address, retry_s=config.retry_s)
         # A beat that is tried for longer than a lease's time says nothing to anybody.
-        self._beats = Bucket(address, replace(config, retry_s=config.lease_s / BEATS))
+        self._beats = Bucket(address, retry_s=config.lease_s / BEATS)
         self.lease_s = config.lease_s
         self._say = say
         self.number = 0

@@ -48,7 +48,7 @@ class Place:
         self._mirror: Mirror | None = None
         self._say = say
         if is_address(config.out):
-            bucket = Bucket(config.out, config.storage)
+            bucket = Bucket(config.out, retry_s=config.storage.retry_s)
             self.config = replace(self.config, out=str(folder_of(config.out, work, "corpora")))
             self._mirror = Mirror(bucket, Path(self.config.out), config.storage, say)
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data_pipeline.storage.bucket import reason
 from gpt2train import checkpoint
 from gpt2train.checkpoint import MANIFEST, STATE, Keep
 from gpt2train.config import CheckpointConfig
@@ -37,7 +38,7 @@ from gpt2train.run_folder import (
     read_json,
     replace_file,
 )
-from gpt2train.saving.bucket import Bucket, told
+from gpt2train.saving.bucket import Bucket
 
 RECORDS = (CONFIG, VERSIONS, METRICS, RUN)
 PAUSE_S = 30.0
@@ -108,8 +109,7 @@ class Remote:
         """Removes the run that is there; its manifests go first, so that cut short it leaves nothing to go on from."""
         for step in self.steps():
             self._remove(step)
-        for name in RECORDS:
-            self._bucket.remove(name)
+        self._bucket.remove(*RECORDS)
 
     def _fetch(self, run_dir: Path, step: int) -> Path | None:
         """The folder beside the checkpoints with all of it, verified; None when it is not whole."""
@@ -120,7 +120,7 @@ class Remote:
         try:
             there = self._bucket.list(f"{CHECKPOINTS}/{name}")
             with ThreadPoolExecutor(self._transfers) as pool:
-                coming = [pool.submit(self._bucket.get, file, beside / _plain(file)) for file in there]
+                coming = [pool.submit(self._bucket.get, f, beside / _plain(f), stored) for f, stored in there.items()]
                 for arrived in coming:
                     arrived.result()
             wrong = checkpoint.defects(beside, step=step)
@@ -150,8 +150,8 @@ class Remote:
 
     def _remove(self, step: int) -> None:
         place = f"{CHECKPOINTS}/{checkpoint.folder_name(step)}"
-        for name in sorted(self._bucket.list(place), key=lambda name: not name.endswith(f"/{MANIFEST}")):
-            self._bucket.remove(name)
+        names = self._bucket.list(place)
+        self._bucket.remove(*sorted(names, key=lambda name: not name.endswith(f"/{MANIFEST}")))
 
 
 def _plain(name: str) -> str:
@@ -226,7 +226,7 @@ class Uploader:
             except Exception as raised:  # whatever the storage and its client make of it
                 error = raised
             if error is not None:
-                self._tell(f"checkpoint of step {step}: not copied to {self._remote.address} ({told(error)})")
+                self._tell(f"checkpoint of step {step}: not copied to {self._remote.address} ({reason(error)})")
             with self._changed:
                 self._sending = None
                 if error is None:
