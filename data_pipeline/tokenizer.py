@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 END_OF_TEXT = 50_256
 """Id of `<|endoftext|>`: ends every document in token shards. Text never encodes to it."""
@@ -72,6 +71,8 @@ class Tokenizer:
         listing = "".join(f"{expected}  {name}\n" for name, expected in FILES.items())
         self.sha256 = hashlib.sha256(listing.encode()).hexdigest()
         """Identity of the vocabulary: what `sha256sum encoder.json vocab.bpe | sha256sum` prints."""
+        import tiktoken  # here, so that training and benchmarks that only name END_OF_TEXT do without
+
         self.encoding = tiktoken.Encoding(
             "gpt2",
             explicit_n_vocab=VOCABULARY,

@@ -12,10 +12,12 @@ thousand, and no shuffled list is held or saved.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.token_shards import TokenSplit
+if TYPE_CHECKING:
+    from data_pipeline.token_shards import TokenSplit
 
 FEISTEL_ROUNDS = 8
 """Four rounds make a pseudo-random permutation of ideal round functions (Luby and Rackoff 1988, SIAM J. Comput. 17(2));
