@@ -15,6 +15,7 @@ import asyncio
 import collections
 import json
 import resource
+import statistics
 import sys
 import time
 from typing import cast
@@ -61,7 +62,16 @@ class Seen:
     def __init__(self) -> None:
         self.pages: collections.Counter[str] = collections.Counter()
         self.first_at = self.last_good_at = 0.0
+        self.last_by_host: dict[str, float] = {}
+        self.gaps: list[float] = []
         self.dripping = self.most_dripping = 0
+
+    def good_page(self, host: str, now: float) -> None:
+        self.pages[host] += 1
+        self.last_good_at = now
+        if host in self.last_by_host:
+            self.gaps.append(now - self.last_by_host[host])
+        self.last_by_host[host] = now
 
 
 class Talk(asyncio.Protocol):
@@ -90,8 +100,7 @@ class Talk(asyncio.Protocol):
             self.seen.most_dripping = max(self.seen.most_dripping, self.seen.dripping)
         else:
             self.transport.write(ANSWER)
-            self.seen.pages[host] += 1
-            self.seen.last_good_at = time.monotonic()
+            self.seen.good_page(host, time.monotonic())
 
     def connection_lost(self, error: Exception | None) -> None:
         if self.slot is not None:
@@ -105,14 +114,13 @@ async def main() -> None:
     server = await loop.create_server(lambda: Talk(wheel, seen), "127.0.0.1", 0, backlog=4096)
     print(server.sockets[0].getsockname()[1], flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
-    used = resource.getrusage(resource.RUSAGE_SELF)
     figures = {
         "pages": seen.pages,
         "first_at": seen.first_at,
         "last_good_at": seen.last_good_at,
+        "median_gap_s": statistics.median(seen.gaps),
         "most_dripping": seen.most_dripping,
         "drops": wheel.drops,
-        "cpu_s": used.ru_utime + used.ru_stime,
     }
     print(json.dumps(figures), flush=True)
 
