@@ -53,6 +53,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.inference
 	$(BIN)/python -m benchmarks.sweep
+	$(BIN)/python -m benchmarks.mup
 
 soak: setup
 	$(BIN)/python -m pytest -m soak -s --timeout 3600

@@ -18,7 +18,8 @@ The rooms:
     machine     GPUs, cores, a free port, without torch
     dry         what would run, as lines for a shell
     words       settings as words of a command line, there and back
-    sweep       one command after another, resumable by trial
+    packed      several launches at once, each with its share of the machine
+    sweep       one command after another, or packed, resumable by trial
 
 `python launch/__main__.py RUN_DIR key=value … -- COMMAND …` is what a job script calls.
 """

@@ -20,6 +20,7 @@ from gpt2train.config import (
     BatchConfig,
     DataConfig,
     ModelConfig,
+    OptimizerName,
     Precision,
     TrainConfig,
     flops_per_token,
@@ -27,6 +28,7 @@ from gpt2train.config import (
 )
 from gpt2train.errors import ConfigError
 from gpt2train.network import loss
+from gpt2train.optimizers import muon
 from gpt2train.planning import memory as planned_memory
 from gpt2train.planning.choose import applied, best, host_bytes, misfit, options, planned_ranks, with_kept
 from gpt2train.planning.config import PlanConfig
@@ -67,6 +69,7 @@ def test_padding_counts_in_memory_alone(pad: int) -> None:
 def test_what_is_kept_equal_by_hand() -> None:
     """The plan cannot import torch, so it repeats what model.py and engine.py say."""
     assert planned_memory.LOSS_CHUNK_POSITIONS == loss.CHUNK_POSITIONS
+    assert planned_memory.MUON_BATCH == muon.BATCH_NUMBERS
     mine = (planned_memory.BUCKETS, planned_memory.MIN_BUCKET, planned_memory.MAX_BUCKET)
     assert mine == (engine.BUCKETS, engine.MIN_BUCKET, engine.MAX_BUCKET)
     config = settings("model=medium")
@@ -92,42 +95,82 @@ def test_a_pass_takes_what_is_planned(
     policy: ActivationCheckpointing,
     precision: torch.dtype,
 ) -> None:
+    pass_as_planned(ModelConfig("x", layers, channels, channels // 32, context, vocabulary), micro, policy, precision)
+
+
+def pass_as_planned(shape: ModelConfig, micro: int, policy: ActivationCheckpointing, precision: torch.dtype) -> None:
     """Forward and backward of the model alone, by torch's own allocator; the optimizer's part is left out."""
-    shape = ModelConfig("x", layers, channels, channels // 32, context, vocabulary)
     config = TrainConfig(model=shape, activation_checkpointing=policy, batch=BatchConfig(sequences=micro, micro=micro))
     config.zero.stage = 0
     config.precision = Precision.bf16 if precision is torch.bfloat16 else Precision.fp32
     expected = memory(config, 1, on_gpu=False)
     network = model.GPT(shape, activation_checkpointing=policy).to(precision)
-    tokens = torch.randint(0, vocabulary, (micro, context + 1))
+    tokens = torch.randint(0, shape.vocabulary, (micro, shape.context + 1))
     with Allocations() as made:
         network(tokens[:, :-1], tokens[:, 1:]).backward()
     assert made.peak == pytest.approx(expected.total - expected.weights - expected.master - expected.moments, rel=0.05)
 
 
+@pytest.mark.parametrize("policy", ActivationCheckpointing)
+@pytest.mark.parametrize(
+    ("shape", "micro", "precision"),
+    [
+        (ModelConfig("x", 4, 64, 2, 256, 512), 12, torch.float32),
+        (ModelConfig("x", 4, 64, 2, 256, 512), 12, torch.bfloat16),
+        (ModelConfig("x", 6, 96, 3, 128, 2000), 8, torch.bfloat16),
+    ],
+)
+def test_a_pass_of_a_modern_network_takes_what_is_planned(
+    shape: ModelConfig, micro: int, precision: torch.dtype, policy: ActivationCheckpointing
+) -> None:
+    sizes = {name: getattr(shape, name) for name in ("layers", "channels", "heads", "context", "vocabulary")}
+    pass_as_planned(replace(settings("recipe=modern").model, **sizes), micro, policy, precision)
+
+
+def test_muon_keeps_one_moment() -> None:
+    config = settings("model=large", "optimizer.name=muon", "cluster=8xh100")
+    adamw = replace(config, optimizer=replace(config.optimizer, name=OptimizerName.adamw))
+    hidden = config.model.layers * 12 * config.model.channels**2
+    assert memory(adamw, 8).moments - memory(config, 8).moments == 4 * hidden / 8
+    smaller, larger = forecast(config, 8), forecast(adamw, 8)
+    assert smaller is not None
+    assert larger is not None
+    assert larger.checkpoint_bytes - smaller.checkpoint_bytes == 4 * 4 * hidden
+
+
+ADAMW, MUON = settings(), settings("recipe=modern")
 ENGINE_CASES = [
-    (0, Precision.fp32, ActivationCheckpointing.none, 2),
-    (1, Precision.bf16, ActivationCheckpointing.full, 2),
-    (2, Precision.bf16, ActivationCheckpointing.selective, 2),
-    (3, Precision.bf16, ActivationCheckpointing.none, 2),
-    (1, Precision.fp32, ActivationCheckpointing.selective, 2),
+    (0, Precision.fp32, ActivationCheckpointing.none, 2, 4, ADAMW),
+    (1, Precision.bf16, ActivationCheckpointing.full, 2, 4, ADAMW),
+    (2, Precision.bf16, ActivationCheckpointing.selective, 2, 4, ADAMW),
+    (3, Precision.bf16, ActivationCheckpointing.none, 2, 4, ADAMW),
+    (1, Precision.fp32, ActivationCheckpointing.selective, 2, 4, ADAMW),
+    (1, Precision.bf16, ActivationCheckpointing.full, 2, 4, MUON),
+    (1, Precision.fp32, ActivationCheckpointing.none, 2, 1, MUON),
+    (3, Precision.bf16, ActivationCheckpointing.none, 2, 1, MUON),
 ]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when its compiler is first imported
-@pytest.mark.parametrize(("stage", "precision", "policy", "accumulated"), ENGINE_CASES)
+@pytest.mark.parametrize(("stage", "precision", "policy", "accumulated", "micro", "recipe"), ENGINE_CASES)
 def test_a_step_of_the_engine_takes_what_is_planned(
-    stage: int, precision: Precision, policy: ActivationCheckpointing, accumulated: int
+    stage: int,
+    precision: Precision,
+    policy: ActivationCheckpointing,
+    accumulated: int,
+    micro: int,
+    recipe: TrainConfig,
 ) -> None:
     """Everything that DeepSpeed holds at the worst moment of a step, on one rank."""
     from gpt2train import distributed
 
-    config = TrainConfig(model=ModelConfig("x", 6, 256, 8, 256, 2000), precision=precision)
+    sizes = {"layers": 6, "channels": 256, "heads": 8, "context": 256, "vocabulary": 2000}
+    config = TrainConfig(model=replace(recipe.model, **sizes), precision=precision, optimizer=recipe.optimizer)
     config.zero.stage, config.activation_checkpointing = stage, policy
-    config.batch = BatchConfig(sequences=4 * accumulated, micro=4)
+    config.batch = BatchConfig(sequences=micro * accumulated, micro=micro)
     world = distributed.start(config.device, 60.0)
-    tokens = torch.randint(0, 2000, (4, 257))
+    tokens = torch.randint(0, 2000, (micro, 257))
 
     def step() -> None:
         for _ in range(accumulated):

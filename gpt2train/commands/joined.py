@@ -120,7 +120,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
     how = _launch_config(faults, launch_overrides, rest)
     where = _composed(faults, SweepConfig, sweep_overrides)
     faults += _faults_of_sweep(where, how, rest)
-    ranks = _ranks(faults, how)
+    ranks = _ranks(faults, how, where.parallel)
     sizes, wrong = specs.size_axis(where.sizes)
     faults += wrong
     axes: list[specs.Axis] = [[(o.removeprefix("model="), [o]) for o in axis] for axis in _axes(faults, rest)]
@@ -148,7 +148,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
         by_size = sorted({(parameters[t.name], c.model.name) for t, c in made})
         smallest = [name for _, name in by_size[: where.rate_sizes]]
         run = [trial(spec, faults)[0] for spec in specs.grid(axes, where.rates, smallest)]
-        results = [] if where.summary_only else sweep(run, how)
+        results = [] if where.summary_only else sweep(run, how, parallel=where.parallel)
         if how.dry_run or exit_code(results) == REQUEUE_EXIT_CODE:
             return exit_code(results)
         ended = _finished(run)
@@ -164,7 +164,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
         trials = [t for t in trials if t.run_dir not in {r.run_dir for r in run}]
     if how.launcher is launch_config.Launcher.slurm and not where.summary_only:
         return _sweep_by_slurm(how, where, trials, [*sweep_overrides, *rest])
-    results += [] if where.summary_only else sweep(trials, how)
+    results += [] if where.summary_only else sweep(trials, how, parallel=where.parallel)
     if how.dry_run:
         return 0
     last = made[-1][1].model
@@ -238,14 +238,21 @@ def train_command(overrides: Sequence[str], python: str = "") -> list[str]:
     return [python or sys.executable, "-m", "gpt2train", "train", *overrides]
 
 
-def _ranks(faults: list[str], how: launch_config.LaunchConfig) -> int:
-    """Processes of a launch; 1, with what is wrong added to `faults`, where they cannot be known."""
+def _ranks(faults: list[str], how: launch_config.LaunchConfig, parallel: int = 1) -> int:
+    """Processes of a launch, of which `parallel` share this machine; 1, with what is wrong added to `faults`, where
+    they cannot be known."""
+    from launch.packed import share_faults
     from launch.run import rank_count
+    from launch.sweep import usable_gpus
 
     if launch_config.check(how):  # told already
         return 1
+    gpus = usable_gpus(how) if parallel != 1 else None
+    if wrong := share_faults(how, parallel, gpus or 0):
+        faults += wrong
+        return 1
     try:
-        return int(rank_count(how))
+        return int(rank_count(how, gpus // parallel if gpus is not None else None))
     except launch_config.ConfigError as e:
         faults += e.faults
         return 1

@@ -65,6 +65,8 @@ class SweepConfig:
     that the rule through their best ones gives its size. Empty: optimizer.lr, as given or the model's own."""
     rate_sizes: int = 3
     """How many of the smallest sizes the grid of `rates` is run on."""
+    parallel: int = 1
+    """Trials that run at a time on this machine, each with its share of the cores and GPUs."""
     forecast: str = "full"
     """Model whose loss the law is asked for."""
     summary_only: bool = False

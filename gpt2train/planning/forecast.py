@@ -27,6 +27,7 @@ from gpt2train.config import (
     parameter_count,
 )
 from gpt2train.errors import ConfigError
+from gpt2train.planning.memory import muon_count
 
 TOKENS_PER_PARAMETER = 20
 """Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models", table 3."""
@@ -34,6 +35,8 @@ SELECTIVE_SHARE = 0.03
 """Norms and GELU made again: an allowance; Korthikanti et al. 2022, table 4, measured 2 to 4 % for their choice."""
 CHECKPOINT_BYTES = 12
 """fp32 weight and both moments of a parameter."""
+MOMENT_BYTES = 4
+"""The one of these that Muon does without."""
 TOKEN_BYTES = 2
 
 
@@ -86,7 +89,8 @@ def forecast(config: TrainConfig, ranks: int) -> Forecast | None:
         cost=gpu_hours * config.cluster.gpu_hour_price if config.cluster.gpu_hour_price else None,
         kilowatt_hours=gpu_hours * config.cluster.watts / 1000 if config.cluster.watts else None,
         data_bytes=tokens * TOKEN_BYTES,
-        checkpoint_bytes=kept * CHECKPOINT_BYTES * parameter_count(config.model, padded=True),
+        checkpoint_bytes=kept
+        * (CHECKPOINT_BYTES * parameter_count(config.model, padded=True) - MOMENT_BYTES * muon_count(config)),
     )
 
 

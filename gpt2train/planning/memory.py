@@ -5,7 +5,8 @@ Flows in: the settings and the number of ranks. Flows out: a `Memory`. Arithmeti
 What holds memory is counted where it is made: weights, gradients and moments as DeepSpeed 0.19.8 lays them out at each
 ZeRO stage (read in its code, measured on one and two ranks), activations tensor by tensor as model.py keeps them for
 the backward pass. Three moments can be the worst: the end of the forward pass, when the loss has its logits; the
-backward pass through the last block; its end, when all gradients stand. The update needs less than either.
+backward pass through the last block; its end, when all gradients stand. The update needs less than either, but for
+Muon's, which makes whole matrices anew: a fourth.
 
 tests/test_plan.py holds this against the bytes that torch really allocates. What it cannot see on a CPU are the
 insides of GPU kernels and libraries; OVERHEAD_BYTES and FRAGMENTATION stand for those.
@@ -19,9 +20,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gpt2train.config import (
+    Activation,
     ActivationCheckpointing,
     ModelConfig,
+    Norm,
     Offload,
+    OptimizerName,
+    Positions,
     Precision,
     TrainConfig,
     micro_batch,
@@ -38,6 +43,8 @@ FRAGMENTATION = 0.04
 """Part of what is allocated that lies unused between blocks; an allowance for the caching allocator."""
 BUCKETS, MIN_BUCKET, MAX_BUCKET = 8, 1 << 20, 500_000_000
 """engine.py's, which cannot be imported without torch; a test holds them equal."""
+MUON_BATCH = 1 << 25
+"""optimizers.muon.BATCH_NUMBERS, which cannot be imported without torch; a test holds them equal."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters and stage3_max_reuse_distance: up to this many gathered numbers stay."""
 
@@ -57,6 +64,8 @@ _MADE_AGAIN = {
 }
 _BACKWARD = 3.5
 """Gradients of activations within a block, in u: the stream's, and MLP's hidden ones less what they replace."""
+_BACKWARD_OF_A_SQUARE = 8.0
+"""What relu2 takes there beyond GELU, in u: autograd makes x¹ and 2·x¹ of the 4u that were squared."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,8 @@ def memory(config: TrainConfig, ranks: int, *, on_gpu: bool = True) -> Memory:
 
     # States, as they stand while the backward pass ends
     weights = N * number if stage < 3 else N * number / W + _gathered(model, W) * number
-    moments = 8.0 * N / split
+    orthogonalized = muon_count(config)
+    moments = (8.0 * N - 4.0 * orthogonalized) / split  # Muon keeps one
     master = 4.0 * N / split if bf16 or stage >= 1 else 0.0
     if on_gpu and config.zero.offload is not Offload.none:
         # In the machine's memory; what travels through the GPU is small and reasoned, not measured.
@@ -145,36 +155,67 @@ def memory(config: TrainConfig, ranks: int, *, on_gpu: bool = True) -> Memory:
     positions = micro * model.context
     u = positions * model.channels * number
     small = positions * (4 * model.heads + 16)  # attention's log-sums and the norms' statistics
+    beyond = _beyond_2019(model, bf16)
     kept = _KEPT[policy] * u + (0 if policy is ActivationCheckpointing.full else small)
+    if policy is ActivationCheckpointing.none:
+        kept += beyond.kept * u
     if model.dropout:
         kept += 2 * positions * model.channels  # two masks of a byte
     mask = micro * model.context**2 * (1 + number) if config.data.document_mask else 0
     embedding = _embedding(model) * number
-    forward_end = model.layers * kept + 2 * u + mask  # and the last norm's input and output
-    after_loss = model.layers * kept + 2 * u + embedding + mask  # that norm's input, and the loss's two gradients
+    outside = (2 + beyond.outside) * u + mask
+    forward_end = model.layers * kept + outside  # and the last norm's input and output
+    after_loss = model.layers * kept + outside + embedding  # that norm's input, and the loss's two gradients
     again = _MADE_AGAIN[policy] * u + (small if policy is ActivationCheckpointing.full else 0)
+    if policy is not ActivationCheckpointing.none:
+        again += (beyond.kept + (beyond.again if policy is ActivationCheckpointing.selective else 0.0)) * u
+    backward = (_BACKWARD + beyond.backward) * u
 
     # The three moments, each with the states that stand then
-    logits = _loss_positions(positions, bf16) * model.padded_vocabulary + u + _embedding(model) * 4
+    logits = (
+        _loss_positions(positions, bf16, capped=model.logit_softcap > 0) * model.padded_vocabulary
+        + u
+        + _embedding(model) * 4
+    )
     # Where micro batches are added up, the gradients of the first are there already.
     block_gradients = 12 * model.channels**2 * number if stage < 2 and not accumulates else 0
     blocks = model.layers - 1
     moments_of_step = [
         (gradients, forward_end, logits, bucket_bytes),
         (gradients, after_loss, u + embedding, bucket_bytes),
-        (gradients, after_loss + again + _BACKWARD * u, 0.0, bucket_bytes),
+        (gradients, after_loss + again + backward, 0.0, bucket_bytes),
         (
             gradients + blocks * block_gradients,
-            after_loss - blocks * kept + again + _BACKWARD * u,
+            after_loss - blocks * kept + again + backward,
             0.0,
             bucket_bytes,
         ),
         (last_gradients, mask, 0.0, _reducing(config, N, W)),
     ]
+    if orthogonalized and stage >= 1:  # at ZeRO 0 one parameter after the other, which is little
+        updating = _orthogonalizing(orthogonalized / W, bf16=bf16, on_gpu=on_gpu)
+        moments_of_step.append((last_gradients, 0.0, 0.0, updating + (4.0 * N / W if stage == 3 else 0.0)))
     worst = max(moments_of_step, key=sum)
     allocated = weights + master + moments + sum(worst)
     overhead = OVERHEAD_BYTES + FRAGMENTATION * allocated if on_gpu else 0.0
     return Memory(weights, worst[0], master, moments, worst[1], worst[2], worst[3], overhead)
+
+
+def muon_count(config: TrainConfig) -> int:
+    """Parameters that Muon updates: the matrices of the blocks."""
+    return 12 * config.model.layers * config.model.channels**2 if config.optimizer.name is OptimizerName.muon else 0
+
+
+def _orthogonalizing(numbers: float, *, bf16: bool, on_gpu: bool) -> float:
+    """Bytes while this rank's `numbers` of Muon's matrices are orthogonalized and written; measured as the rest is.
+
+    First the momentum ahead, the matrices that came together, those that are done, and of the batch that is under way
+    three copies; then the momentum ahead, the updates and those laid flat, on a CPU with an fp32 copy of what is bf16.
+    """
+    number = 2 if bf16 else 4
+    made = number * (3 * numbers + 2 * min(numbers / 3, MUON_BATCH))
+    written = number * 3 * numbers + (4 * numbers if bf16 and not on_gpu else 0)
+    return max(made, written)
 
 
 def reduce_bucket(config: TrainConfig) -> int:
@@ -182,13 +223,48 @@ def reduce_bucket(config: TrainConfig) -> int:
     return min(max(parameter_count(config.model, padded=True) // BUCKETS, MIN_BUCKET), MAX_BUCKET)
 
 
-def _loss_positions(positions: int, bf16: bool) -> float:
+@dataclass(frozen=True)
+class _Beyond:
+    """What a network takes beyond that of 2019, in u."""
+
+    kept: float
+    """Of one block, for its backward pass, where nothing is made again."""
+    again: float
+    """Made again under selective checkpointing, beyond that."""
+    backward: float
+    """Beyond _BACKWARD."""
+    outside: float
+    """Of the norms outside of blocks."""
+
+
+def _beyond_2019(model: ModelConfig, bf16: bool) -> _Beyond:
+    kept = again = backward = outside = 0.0
+    # torch's rms_norm on a CPU keeps an fp32 copy, 2u, in place of its bf16 input, u; a fused kernel would not.
+    rms_in_fp32 = bf16 and model.norm is Norm.rms
+    if model.positions is Positions.rotary or model.qk_norm:
+        kept += 3  # new queries and keys beside c_attn's whole output, and attention's in the order of channels
+    if model.qk_norm:
+        kept += 4 if bf16 else 2 if model.positions is Positions.rotary else 0  # what is normed
+    if rms_in_fp32:
+        kept += 2
+        again += 2
+        outside += 1
+    if model.embedding_norm:
+        outside += 2 if rms_in_fp32 else 1
+    if model.activation is Activation.relu2:
+        backward += _BACKWARD_OF_A_SQUARE
+    return _Beyond(kept, again, backward, outside)
+
+
+def _loss_positions(positions: int, bf16: bool, *, capped: bool) -> float:
     """Bytes for one token of the vocabulary while the loss is made: fp32 logits beside a copy that is summed up, and
-    from the second chunk on the gradient of the one before, in the model's own precision."""
+    from the second chunk on the gradient of the one before, in the model's own precision. A soft cap's slope is fp32,
+    too."""
     chunk = min(LOSS_CHUNK_POSITIONS, positions)
     following = min(chunk, positions - chunk)
-    left = (2 if bf16 else 4) * chunk + 8 * following
-    return max(8 * chunk, left if following else 0)
+    each = 12 if capped else 8
+    left = (2 if bf16 else 4) * chunk + each * following
+    return max(each * chunk, left if following else 0)
 
 
 def _embedding(model: ModelConfig) -> int:
