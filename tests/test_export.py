@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from gpt2train.config import ModelConfig, TrainConfig
 from gpt2train.errors import CheckpointError, ConfigError, GPT2TrainError
 from gpt2train.generation.decoding import sample
 from gpt2train.release import export
-from gpt2train.release.config import ExportConfig, ImportConfig
+from gpt2train.release.config import ExportConfig, ExportFormat, ImportConfig
 from gpt2train.release.export import export_run, import_model
 from gpt2train.release.hf import load_model
 
@@ -320,3 +321,64 @@ def test_what_is_not_ours_is_not_imported(exported: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="activation_function='relu': must be the tanh form of GELU"):
         import_model(ImportConfig(path=str(other), to=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
+
+
+# -- GGUF
+
+GGUF_MODEL = replace(TINY, context=1024)
+
+
+@pytest.fixture(scope="module")
+def gguf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With GPT-2's context: transformers takes no other from a GGUF file."""
+    pytest.importorskip("gguf", reason="the format's own library writes it: pip install 'gpt2train[gguf]'")
+    to = tmp_path_factory.mktemp("gguf") / "out"
+    run = make_run(to.parent / "run", GGUF_MODEL)
+    assert export_run(ExportConfig(run=str(run), to=str(to), format=ExportFormat.gguf)) == 0
+    return to
+
+
+GGUF_TEXT = "In a shocking finding, 37 naïve 日本語   unicorns' herd…\n\nIt's"
+
+
+@pytest.mark.soak  # transformers takes many seconds to read a tokenizer out of such a file
+def test_a_gguf_file_holds_the_model_and_its_tokenizer(gguf_folder: Path) -> None:
+    """transformers reads it by names and transposes of its own: the same logits, the same ids."""
+    assert {path.name for path in gguf_folder.iterdir()} == FILES | {"model.gguf"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(gguf_folder, gguf_file="model.gguf").eval()
+    ids = load_tokenizer().encode(GGUF_TEXT).tolist()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf_folder, gguf_file="model.gguf")
+    assert tokenizer.encode(GGUF_TEXT, add_special_tokens=False) == ids
+    with torch.no_grad():
+        expected = lively(GGUF_MODEL)(torch.tensor([ids]))
+        got = theirs(torch.tensor([ids])).logits
+    assert (got - expected).abs().max() < 2e-6 * expected.abs().max()
+
+
+def test_llama_cpp_runs_the_gguf_file(gguf_folder: Path) -> None:
+    """It cuts the text as GPT-2 does, and its likeliest tokens have our log-likelihoods."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp for Python, to run the file: pip install xllamacpp")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(gguf_folder / "model.gguf")
+    settings.n_ctx, settings.n_parallel, settings.warmup, settings.cpuparams.n_threads = 128, 1, False, 1
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    server = xllamacpp.Server(settings)
+    ids = load_tokenizer().encode(GGUF_TEXT).tolist()
+    answer = server.handle_completions({"prompt": GGUF_TEXT, "max_tokens": 1, "temperature": 0.0, "logprobs": 20})
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    found = {t["id"]: t["logprob"] for t in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    with torch.no_grad():
+        expected = lively(GGUF_MODEL)(torch.tensor([ids]))[0, -1].double().log_softmax(-1)
+    assert list(found) == expected.topk(len(found)).indices.tolist()
+    # ggml looks GELU up in a table of half precision: 0.004 was seen; a wrong weight makes this more than 1.
+    assert max(abs(value - expected[token].item()) for token, value in found.items()) < 0.02
+
+
+def test_what_gguf_cannot_have_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = make_run(tmp_path / "small", replace(TINY, vocabulary=500))
+    with pytest.raises(ConfigError, match=r"model\.vocabulary=500: must be 50257; give format=hf"):
+        export_run(ExportConfig(run=str(small), to=str(tmp_path / "out"), format=ExportFormat.gguf))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"pip install 'gpt2train\[gguf\]'"):
+        export_run(ExportConfig(run=str(run), to=str(tmp_path / "out"), format=ExportFormat.gguf))
+    assert not (tmp_path / "out").exists()

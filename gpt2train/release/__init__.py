@@ -4,6 +4,7 @@ The rooms:
 
     hf               our parameters ↔ those of Hugging Face's GPT-2
     nanochat         the network of recipe=modern ↔ Hugging Face's NanoChat
+    gguf_file        our parameters and the tokenizer → one file for llama.cpp
     deepspeed_files  a checkpoint that DeepSpeed wrote → whole weights and moments; nothing in it is executed
     export           a run → a folder that transformers loads; such a folder, or DeepSpeed's → a run
     card             the model card

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from gpt2train.bounds import run_faults
 from gpt2train.config import Device
 from gpt2train.generation.config import WatermarkConfig, watermark_faults
+
+
+class ExportFormat(Enum):
+    hf = "hf"
+    gguf = "gguf"
 
 
 @dataclass
@@ -18,6 +24,9 @@ class ExportConfig:
     """Run folder or checkpoint folder."""
     to: str = ""
     """New folder: config.json, model.safetensors, tokenizer, model card."""
+    format: ExportFormat = ExportFormat.hf
+    """`gguf`: also model.gguf, the model in fp32 with its tokenizer, for llama.cpp and what is built on it; of models
+    with GPT-2's network and vocabulary (`pip install gpt2train[gguf]`)."""
 
 
 @dataclass

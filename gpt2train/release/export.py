@@ -1,8 +1,8 @@
 """A run → a folder that transformers loads; and such a folder → a run to train on.
 
 Flows in: a run's checkpoint. Flows out: config.json, generation_config.json, model.safetensors, the tokenizer's files
-and a model card, README.md. The folder is written beside its place, read back and compared, synced, and renamed: it is
-whole or absent. The same checkpoint gives the same bytes.
+and a model card, README.md; on request model.gguf too. The folder is written beside its place, read back and compared,
+synced, and renamed: it is whole or absent. The same checkpoint gives the same bytes.
 
 The other way, a folder in Hugging Face format becomes a run whose only checkpoint stands at step 0, with no moments.
 """
@@ -29,9 +29,9 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, claim
 from gpt2train.config import ModelConfig
 from gpt2train.errors import CheckpointError, ConfigError, GPT2TrainError
-from gpt2train.release import nanochat
+from gpt2train.release import gguf_file, nanochat
 from gpt2train.release.card import model_card
-from gpt2train.release.config import ExportConfig, ImportConfig, check_export, check_import
+from gpt2train.release.config import ExportConfig, ExportFormat, ImportConfig, check_export, check_import
 from gpt2train.release.deepspeed_files import as_gpt2, is_deepspeed_folder, read_deepspeed_folder
 from gpt2train.release.hf import architecture, hf_config, read_hf_folder, to_hf_state, weight_files
 from gpt2train.run_folder import IMPORTED
@@ -53,8 +53,11 @@ def export_run(config: ExportConfig) -> int:
         modern = architecture(model) == nanochat.MODEL_TYPE
     except ConfigError as error:
         raise ConfigError([f"run={config.run}: {fault}" for fault in error.faults]) from None
+    if modern and config.format is ExportFormat.gguf:
+        raise ConfigError([f"run={config.run}: format=gguf takes models with GPT-2's network alone; give format=hf"])
     to_state, hf_settings = (nanochat.to_hf_state, nanochat.hf_config) if modern else (to_hf_state, hf_config)
-    weights = to_state(checkpoint.read_weights(source), model)
+    ours = checkpoint.read_weights(source)
+    weights = to_state(ours, model)
     with _folder_beside(target) as folder:
         _write_json(folder / "config.json", hf_settings(model))
         _write_json(folder / "generation_config.json", generation_config(model))
@@ -62,6 +65,8 @@ def export_run(config: ExportConfig) -> int:
         shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors keeps it from all others
         if model.vocabulary >= VOCABULARY:
             _write_tokenizer(folder, model)
+        if config.format is ExportFormat.gguf:
+            gguf_file.write_gguf(folder / gguf_file.FILE, ours, model)
         (folder / "README.md").write_text(model_card(source, state), encoding="utf-8")
         _verify(folder, weights, hf_settings(model))
     print(f"{source} → {target}: {sum(w.numel() for w in weights.values()):,} parameters", file=sys.stderr)
