@@ -22,7 +22,8 @@ $(DONE):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# A pip of today: the one that a venv is born with takes three times as long to find out what fits together.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@# Modules are compiled when they are first imported, on all cores; all of torch's at once would take a minute of one.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launching import HARMLESS, RANK, alive, nobody_left, processes_in
 
-from gpt2train import config as training
+from gpt2train import errors as training
 from launch import local, machine, ranks
 from launch.config import REQUEUE_EXIT_CODE, ConfigError, Gpus, LaunchConfig, LaunchError, Starter, check
 from launch.dry import dry_run_lines

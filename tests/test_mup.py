@@ -287,14 +287,14 @@ def by_hand(runs: Path) -> list[float]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["z0n1", "z1n2", "z2n2", "z3n2", "z1n2+z3", "z3n2+", "z3n2+z1n1"])
 def test_losses_are_those_of_a_plain_loop(runs: Path, by_hand: list[float], name: str) -> None:
     assert losses(runs / name) == pytest.approx(by_hand, abs=1e-5)
     assert by_hand[0] - by_hand[-1] > 0.03, "it learns, or this says nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(runs: Path) -> None:
     assert losses(runs / "z3n2+") == losses(runs / "z3n2")
     assert losses(runs / "m0n1") != losses(runs / "z0n1")

@@ -18,7 +18,7 @@ from training import TINY, Ranks, losses_of, read_metrics, written_steps
 
 from data_pipeline.token_writer import TokenShardWriter
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 STEPS, RATES, CHECKPOINT, VOCABULARY = 400, ("0.002", "0.004"), 40, 256
 SETTINGS = TINY | {
