@@ -4,8 +4,8 @@ Flows in: weights by our names, in fp32, and their sizes. Flows out: a file with
 GPT-2's tokenizer with its merges, so that nothing else is needed. The format's reference library, `gguf`, writes it
 (`pip install 'gpt2train[gguf]'`), and reads it again: each tensor must come back bit for bit.
 
-Names of tensors and fields: github.com/ggml-org/ggml, its page gguf.md, and llama.cpp's architecture `gpt2`. Matrices lie
-as ours do, [out, in]; the output matrix is the embedding's, and the rows that pad it are left out.
+Names of tensors and fields: github.com/ggml-org/ggml, its page gguf.md, and llama.cpp's architecture `gpt2`. Matrices
+lie as ours do, [out, in]; the output matrix is the embedding's, and the rows that pad it are left out.
 """
 
 from __future__ import annotations
