@@ -12,6 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)
 
+# Or each of hundreds of processes would compile torch for itself.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test pytest fast check soak bench clean
 
 setup: $(DONE)
@@ -22,7 +25,7 @@ $(DONE):
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@# A pip of today: the one that a venv is born with takes three times as long to find out what fits together.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@# Modules are compiled when they are first imported, on all cores; all of torch's at once would take a minute of one.
+	@# Modules are compiled when they are first imported, on all cores, and kept: all of them at once would take a minute.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
 	@rm -f $(VENV)/.installed-*
 	@touch $@
