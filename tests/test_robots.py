@@ -231,15 +231,19 @@ def test_real_files_are_read_fast_and_as_protego_reads_them() -> None:
         pytest.skip(f"{folder} is not there")
     paths = ["/", "/search?q=1", "/admin/x", "/wp-admin/", "/a/b/c.html", "/user/login", "/%7Euser/a", "/tag/x.php?x=1"]
     files = sorted(folder.iterdir())
-    slowest, ours = 0.0, {}
+    slow, ours = [], {}
     for file in files:
         body = file.read_bytes()
-        begin = time.thread_time()
-        rules = parse_robots(body)
-        ours[file] = [rules.decide(f"http://h{p}", "gpttrain").allowed for p in paths]
-        slowest = max(slowest, time.thread_time() - begin)
+        for _ in range(3):  # a collection of garbage, or a module's first import, may fall into one of them
+            begin = time.thread_time()
+            rules = parse_robots(body)
+            ours[file] = [rules.decide(f"http://h{p}", "gpttrain").allowed for p in paths]
+            if time.thread_time() - begin < 0.05:
+                break
+        else:
+            slow.append(file.name)
     assert len(ours) > 1000
-    assert slowest < 0.05
+    assert not slow
     differing = set()
     for file in files:
         other = Protego.parse(file.read_bytes().decode("utf-8", "replace"))
