@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -231,19 +232,19 @@ def test_real_files_are_read_fast_and_as_protego_reads_them() -> None:
         pytest.skip(f"{folder} is not there")
     paths = ["/", "/search?q=1", "/admin/x", "/wp-admin/", "/a/b/c.html", "/user/login", "/%7Euser/a", "/tag/x.php?x=1"]
     files = sorted(folder.iterdir())
-    slow, ours = [], {}
-    for file in files:
-        body = file.read_bytes()
-        for _ in range(3):  # a collection of garbage, or a module's first import, may fall into one of them
+    slowest, ours = 0.0, {}
+    gc.disable()  # a collection over all that a test process holds takes longer than any file, and is nobody's parsing
+    try:
+        for file in files:
+            body = file.read_bytes()
             begin = time.thread_time()
             rules = parse_robots(body)
             ours[file] = [rules.decide(f"http://h{p}", "gpttrain").allowed for p in paths]
-            if time.thread_time() - begin < 0.05:
-                break
-        else:
-            slow.append(file.name)
+            slowest = max(slowest, time.thread_time() - begin)
+    finally:
+        gc.enable()
     assert len(ours) > 1000
-    assert not slow
+    assert slowest < 0.05
     differing = set()
     for file in files:
         other = Protego.parse(file.read_bytes().decode("utf-8", "replace"))
