@@ -206,10 +206,11 @@ def on_all_ranks(world: World, work: Callable[[], None], *, beat_s: float, alive
     while True:
         thread.join(beat_s)
         alive()
-        code = getattr(errors[0], "exit_code", 1) if errors else 0
-        rows = all_rows(world, bytes([thread.is_alive(), code]))
+        working = thread.is_alive()  # looked at first: what ends behind this look is told in the next round, to all
+        code = getattr(errors[0], "exit_code", 1) if errors and not working else 0
+        rows = all_rows(world, bytes([working, code]))
         failed = [(rank, row[1]) for rank, row in enumerate(rows) if row[1]]
-        if errors:
+        if code:
             raise errors[0]
         if failed:
             rank, code = failed[0]
