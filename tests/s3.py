@@ -15,7 +15,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 SECRET = "hush-hush-secret-of-nobody"
 ENVIRONMENT = {
@@ -93,11 +93,10 @@ class _Hand(http.server.BaseHTTPRequestHandler):
             return self._reset()
         if fault == "500":
             return self._answer(500, {}, b"<Error><Code>InternalError</Code><Message>as asked</Message></Error>")
-        connection = http.client.HTTPConnection(self.server.behind, timeout=30)
-        connection.request(self.command, self.path, body, dict(self.headers))
-        response = connection.getresponse()
-        content = response.read()
-        connection.close()
+        with closing(http.client.HTTPConnection(self.server.behind, timeout=120)) as connection:
+            connection.request(self.command, self.path, body, dict(self.headers))
+            response = connection.getresponse()
+            content = response.read()
         if fault == "lost":
             return self._reset()
         return self._answer(response.status, dict(response.getheaders()), content, cut=fault == "cut")

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +269,9 @@ class Browser:
         self._session = "/session/" + self._call("POST", "/session", {"capabilities": capabilities})["sessionId"]
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)
-        connection.request(method, path, json.dumps(body or {}) if method == "POST" else None)
-        value = json.loads(connection.getresponse().read())["value"]
-        connection.close()
+        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=120)) as connection:
+            connection.request(method, path, json.dumps(body or {}) if method == "POST" else None)
+            value = json.loads(connection.getresponse().read())["value"]
         assert not (isinstance(value, dict) and "error" in value), value
         return value
 
