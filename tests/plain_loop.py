@@ -22,9 +22,10 @@ def plain_run(
 
     No update is made at the steps `skip`; after step `shift[0]` the batches are those of `shift[1]` steps later.
     """
-    config = ModelConfig(layers=2, channels=16, heads=2, context=16)
+    shards = TokenShards.open(tokens)
+    config = ModelConfig(layers=2, channels=16, heads=2, context=16, vocabulary=shards.vocabulary)
     optimizer_config = OptimizerConfig(lr=1e-3, warmup_steps=5)
-    windows = TokenWindows(TokenShards.open(tokens).split("train"), config.context)
+    windows = TokenWindows(shards.split("train"), config.context)
     order = BatchOrder(1337, len(windows), 8)
     model = GPT(config, seed=1337)
     optimizer = torch.optim.AdamW(

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import END_OF_TEXT
+from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
 from gpt2train.config import ModelConfig
@@ -356,8 +356,9 @@ def test_scores_are_in_the_report_and_in_the_model_card(run: Path, data: Path) -
 
 def test_tasks_while_training(tmp_path: Path, data: Path) -> None:
     """Two ranks at ZeRO 3: the scores in metrics.jsonl are those of `evaluate` on the checkpoint of the same step."""
-    tokens = training.write_tokens(tmp_path / "tokens")
+    tokens = training.write_tokens(tmp_path / "tokens", vocabulary=VOCABULARY)
     settings = training.TINY | {
+        "model.vocabulary": VOCABULARY,
         "data.path": str(tokens),
         "run_dir": str(tmp_path / "run"),
         "steps": 4,

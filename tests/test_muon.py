@@ -16,6 +16,7 @@ from torch import Tensor
 from training import TINY, Ranks, read_metrics, write_tokens
 
 from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import VOCABULARY
 from gpt2train.bounds import check
 from gpt2train.config import ModelConfig, OptimizerConfig, OptimizerName, Positions, TrainConfig
 from gpt2train.data import BatchOrder, TokenWindows
@@ -35,7 +36,7 @@ MODERN: dict[str, Any] = {
     "model.tied_head": False,
     "model.logit_softcap": 15.0,
     "optimizer.name": "muon",
-    "optimizer.lr": 3e-3,
+    "optimizer.lr": 1e-2,
     "optimizer.schedule": "wsd",
     "optimizer.head_lr_ratio": 0.5,
 }
@@ -213,7 +214,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def again(name: str, of: str, stage: int, **more: Any) -> list[dict[str, Any]]:
         return [{"cut": [str(folder / of), str(folder / name), CUT]}, job(name, stage, **more)]
 
+    text = write_tokens(folder / "text", vocabulary=VOCABULARY)  # where documents end, the model sees by GPT-2's token
     low = {"precision": "bf16", "data.document_mask": True, "activation_checkpointing": "full"}
+    low |= {"data.path": str(text), "model.vocabulary": VOCABULARY}
     two = [
         *(job(f"z{stage}n2", stage) for stage in (1, 2, 3)),
         job("b1n2", 1, **low),

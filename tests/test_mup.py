@@ -251,9 +251,10 @@ def losses(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def by_hand(runs: Path) -> list[float]:
     """Losses of a plain PyTorch loop: initial values, rates and decay of µP written out for twice the width."""
-    config = ModelConfig("tiny", layers=2, channels=16, heads=2, context=16)
+    shards = TokenShards.open(str(runs / "tokens"))
+    config = ModelConfig("tiny", layers=2, channels=16, heads=2, context=16, vocabulary=shards.vocabulary)
     o = OptimizerConfig(lr=1e-2, warmup_steps=5)
-    windows = TokenWindows(TokenShards.open(str(runs / "tokens")).split("train"), config.context)
+    windows = TokenWindows(shards.split("train"), config.context)
     order = BatchOrder(1337, len(windows), 8)
     model = GPT(config, seed=1337)
     hidden = [p for name, p in model.named_parameters() if name.startswith("h.") and p.ndim == 2]

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from plain_loop import plain_run
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 from training import (
     STEPS,
     cut,

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from plain_loop import plain_run
+from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 from training import (
     Ranks,
     cut,
@@ -29,6 +30,7 @@ from training import (
 )
 
 from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import VOCABULARY
 from gpt2train.data import BatchOrder, TokenWindows
 from gpt2train.errors import REQUEUE_EXIT_CODE
 
@@ -78,20 +80,20 @@ def runs(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         job("diverges", **for_ever),
         job("diverges zero0", zero__stage=0, **for_ever),
     ]
-    watched = {
+    closely = {"model__vocabulary": VOCABULARY, "data__path": str(write_tokens(folder / "text", vocabulary=VOCABULARY))}
+    closely |= {"steps": 8, "optimizer__warmup_steps": 8}
+    watched = closely | {
         "logging__tensorboard": True,
         "logging__layers_every_steps": 4,
         "evaluate__every_steps": 5,
         "evaluate__sample_prompt": "The rain",
         "evaluate__sample_tokens": 8,
-        "steps": 8,
-        "optimizer__warmup_steps": 8,
     }
     looks = [
         job("watched zero3", **watched, zero__stage=3, profile__steps=[3, 4]),
         job("watched zero1", **watched, data__document_mask=True, data__reset_positions=True),
         job("watched bf16", **watched, precision="bf16"),
-        job("unwatched", steps=8, optimizer__warmup_steps=8, zero__stage=3),
+        job("unwatched", **closely, zero__stage=3),
     ]
     return folder, play(folder, [(2, [*faulty, *looks])])
 
@@ -210,9 +212,9 @@ def test_what_cannot_go_on_is_refused(tokens: Path, tmp_path: Path) -> None:
         (settings(tmp_path, tmp_path / "new", **short), 2, ""),
         (settings(tokens, tmp_path / "new", **short | {"batch__micro": 3}), 2, "batch.micro=3"),
         (
-            settings(tokens, tmp_path / "new", **short | {"model__vocabulary": 300}),
+            settings(tokens, tmp_path / "new", **short | {"model__vocabulary": 200}),
             2,
-            "model.vocabulary=300: the tokens",
+            "model.vocabulary=200: the tokens",
         ),
         (settings(tokens, tmp_path / "new", **short | {"model__context": 10**6}), 2, "are fewer than one sequence"),
         (settings(tokens, run, **short | {"steps": 5, "optimizer__lr": 2e-3}), 0, ""),

@@ -16,11 +16,13 @@ import pytest
 from training import TINY, Ranks, read_metrics, write_tokens
 
 from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import VOCABULARY
 
 STEPS = 20_000
 MOMENTS = ("anywhere", "in a save", "in an evaluation", "in the start", "at an epoch's edge", "in a pruning")
 SMALL = {
     "model.context": 8,
+    "model.vocabulary": VOCABULARY,
     "batch.sequences": 4,
     "batch.micro": 1,
     "checkpoint.every_steps": 5,
@@ -31,7 +33,7 @@ SMALL = {
     "logging.every_steps": 1000,
     "distributed.timeout_s": 30.0,
 }
-"""Two forward passes a rank and step, so that a kill falls between them too."""
+"""Two forward passes a rank and step, so that a kill falls between them, too; a large vocabulary: a save lasts."""
 
 
 @pytest.mark.soak
