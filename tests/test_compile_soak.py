@@ -1,0 +1,60 @@
+"""`torch.compile`, by `make soak`: a compiled run has the losses of the plain one, and goes on like any other.
+
+Inductor makes C++ of each block and calls a compiler, which takes minutes in all; `make test` has everything else.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from training import cut, largest_difference, losses_of, play, settings, write_tokens
+
+STEPS, CUT = 20, 10
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on a CPU needs g++")
+def test_compiled_runs_have_the_losses_of_plain_ones_and_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    tokens = write_tokens(tmp_path / "tokens")
+    often = {"steps": STEPS, "checkpoint__every_steps": CUT, "evaluate__every_steps": CUT}
+
+    def job(name: str, **changes: Any) -> dict[str, Any]:
+        return {"name": name, "train": settings(tokens, tmp_path / name, **often, **changes)}
+
+    def again(name: str, **changes: Any) -> list[dict[str, Any]]:
+        return [cut(tmp_path, name, f"{name} again", CUT), job(f"{name} again", **changes)]
+
+    blocks, whole = {"compile": "blocks"}, {"compile": "model"}
+    modern = {
+        "model__positions": "rotary", "model__norm": "rms", "model__biases": False, "model__qk_norm": True,
+        "model__activation": "relu2", "optimizer__name": "muon",
+    }  # fmt: skip
+    two = [
+        *(job(f"plain{stage}", zero__stage=stage) for stage in (1, 3)),
+        *(job(f"blocks{stage}", zero__stage=stage, **blocks) for stage in (1, 2, 3)),
+        job("model1", zero__stage=1, **whole),
+        job("plain low", precision="bf16", activation_checkpointing="full"),
+        job("blocks low", precision="bf16", activation_checkpointing="full", **blocks),
+        job("plain modern", **modern),
+        job("blocks modern", **modern, **blocks),
+        *again("blocks1", zero__stage=1, **blocks),
+        *again("blocks3", zero__stage=3, **blocks),
+    ]
+    answers = play(tmp_path, [(2, two)], timeout_s=3000)
+    assert all(answer["codes"] == [0, 0] for answer in answers.values()), answers
+    for name, plain, near in (
+        ("blocks1", "plain1", 1e-5), ("blocks2", "plain1", 1e-5), ("blocks3", "plain3", 1e-5),
+        ("model1", "plain1", 1e-5), ("blocks low", "plain low", 5e-3), ("blocks modern", "plain modern", 1e-4),
+    ):  # fmt: skip
+        difference = largest_difference(losses_of(tmp_path / name), losses_of(tmp_path / plain))
+        print(f"{name} and {plain} differ by {difference:.2g} at most")
+        assert difference < near, name
+    for name in ("blocks1", "blocks3"):
+        assert losses_of(tmp_path / f"{name} again") == losses_of(tmp_path / name), name
+    assert list((tmp_path / "inductor").rglob("*.so")), "nothing was compiled"
