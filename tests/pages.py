@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+from places import SHARED
 
 from data_pipeline.clean.html_text import Extracted, Rejected, page_text
 from data_pipeline.config import ExtractConfig
 
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 needs_pages = pytest.mark.skipif(not (SHARED / "pages").is_dir(), reason="needs the benchmark's pages")
 
 SENTENCE = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import SHARED
 from safetensors.torch import save_file
 from scipy.stats import mannwhitneyu
 from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that every test here uses)
@@ -28,7 +28,6 @@ from gpt2train.release.hf import hf_config, to_hf_state
 from gpt2train.release.scores import SCORES, read_tokens, roc
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
 import pytest
+from places import SHARED
 
 from benchmarks.corpus import read_pages
 from data_pipeline.clean.first_look import surely_other_language
@@ -14,7 +14,6 @@ from data_pipeline.clean.html_text import Extracted, Rejected, page_text
 from data_pipeline.clean.language import identify
 from data_pipeline.config import ExtractConfig
 
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 UDHR = SHARED / "nltk" / "udhr2.zip"
 GERMAN = "Der Ausschuss traf sich im zweiten Stock des alten Rathauses, und niemand mochte die Farbe der Türen. "
 ENGLISH = "The committee met on the second floor of the old town hall, and nobody could agree on the doors. "

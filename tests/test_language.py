@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from places import SHARED
 
 from data_pipeline.clean.language import SAMPLE_CHARACTERS, filter_language, identify, sample
 from data_pipeline.config import LanguageConfig
 from data_pipeline.records import VERDICT_SCHEMA
 
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 UDHR = SHARED / "nltk" / "udhr.zip"
 needs_udhr = pytest.mark.skipif(not UDHR.exists(), reason="needs nltk's udhr corpus")
 

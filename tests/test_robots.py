@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import os
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import SHARED
 from protego import Protego
 
 from data_pipeline.crawl.robots import (
@@ -19,8 +19,6 @@ from data_pipeline.crawl.robots import (
     refusal_in_html,
     rules_for_status,
 )
-
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
 def allowed(robots: str | bytes, path: str, agent: str = "FooBot") -> bool:

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import SHARED
 
 from data_pipeline import tokenizer
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, TokenizerError, load
-
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 # Texts on which GPT-2's pattern has to decide: contractions, runs of every kind, scripts, emoji with joiners, controls.
 HARD = [

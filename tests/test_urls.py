@@ -17,6 +17,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import SHARED
 
 from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl import spill, urls
@@ -32,7 +33,6 @@ from data_pipeline.crawl.urls import (
 )
 from data_pipeline.records import URL_SCHEMA, VERDICT_SCHEMA, InputError
 
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 DEFAULT = UrlListConfig()
 
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from fastwarc.warc import ArchiveIterator
+from places import SHARED
 from warcio.archiveiterator import ArchiveIterator as WarcioIterator
 from warcio.checker import Checker
 
@@ -28,7 +29,6 @@ from data_pipeline.crawl.http.body import BodyError, content_codings, dechunk, d
 from data_pipeline.crawl.warc import Exchange, WarcError, WarcWriter, index_warc, read_response
 from data_pipeline.tasks import index_warc_file
 
-SHARED = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PAGE = "<html><title>Grüße</title><p>Some words.</html>".encode() * 50
 
 
