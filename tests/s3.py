@@ -83,7 +83,11 @@ class _Hand(http.server.BaseHTTPRequestHandler):
     server: Door
 
     def handle_any(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client was killed while it sent: nothing comes of that, and no answer is due
+            self.close_connection = True
+            return None
         with self.server.lock:
             before = self.server.seen[self.command, self.path]
             self.server.seen[self.command, self.path] += 1
