@@ -44,6 +44,7 @@ from gpt2train.network.attention import (
     rms_norm,
     rotation,
 )
+from gpt2train.network.layers import Embedding, Linear
 from gpt2train.network.loss import cross_entropy, softcapped
 
 INIT_STD = 0.02
@@ -83,8 +84,8 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.dropout, self.activation = config.dropout, config.activation
-        self.c_fc = nn.Linear(config.channels, 4 * config.channels, bias=config.biases)
-        self.c_proj = nn.Linear(4 * config.channels, config.channels, bias=config.biases)
+        self.c_fc = Linear(config.channels, 4 * config.channels, bias=config.biases)
+        self.c_proj = Linear(4 * config.channels, config.channels, bias=config.biases)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         h_BTC = self.c_fc(x_BTC)
@@ -116,6 +117,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 of the given sizes, on the CPU in fp32, initialized from `seed` alone (see `initialize`).
 
+    `seed=None`: its parameters hold anything, for weights that are loaded next.
+
     `activation_checkpointing`: what the backward pass computes again instead of keeping. `document_mask`: attention
     stays within a document, `reset_positions`: so do positions (see `DataConfig`); with a cache, which holds one
     document, neither counts. The kernels are those of `KernelsConfig`.
@@ -125,7 +128,7 @@ class GPT(nn.Module):
         self,
         config: ModelConfig,
         *,
-        seed: int = 0,
+        seed: int | None = 0,
         activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.none,
         document_mask: bool = False,
         reset_positions: bool = False,
@@ -136,24 +139,23 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.document_mask, self.reset_positions = document_mask, reset_positions
-        with torch.device("meta"):  # torch's own initial values would be drawn and thrown away
-            self.wte = nn.Embedding(config.padded_vocabulary, config.channels)
-            if config.positions is Positions.learned:
-                self.wpe = nn.Embedding(config.context, config.channels)
-            if config.embedding_norm:
-                self.ln_e = norm(config)
-            self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
-            self.ln_f = norm(config)
-            if not config.tied_head:
-                self.lm_head = nn.Linear(config.channels, config.padded_vocabulary, bias=False)
+        self.wte = Embedding(config.padded_vocabulary, config.channels)
+        if config.positions is Positions.learned:
+            self.wpe = Embedding(config.context, config.channels)
+        if config.embedding_norm:
+            self.ln_e = norm(config)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.ln_f = norm(config)
+        if not config.tied_head:
+            self.lm_head = Linear(config.channels, config.padded_vocabulary, bias=False)
         for block in self.h:
             block.attn.kernel = attention_kernel
         self.loss_kernel = loss_kernel
         self.logit_ratio = logit_ratio(config)
         self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
         """Of the last positions with the vocabulary's matrix; `generation/products` has another."""
-        self.to_empty(device="cpu")
-        self.initialize(seed)
+        if seed is not None:
+            self.initialize(seed)
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:

@@ -492,6 +492,15 @@ def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
         generate(GenerateConfig(run=str(tmp_path)))
 
 
+def test_a_model_is_loaded_without_torch_s_compiler(folder: Path) -> None:
+    """It takes as long to import as torch itself."""
+    code = "import sys; from gpt2train.release.hf import load_model; load_model(sys.argv[1]); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, timeout=120, check=True, text=True)
+    imported = set(done.stdout.split())
+    assert "torch.nn" in imported
+    assert not imported & {"torch._dynamo", "sympy"}
+
+
 def test_a_process_writes_utf_8_whatever_the_locale(folder: Path) -> None:
     command = [sys.executable, "-m", "gpt2train", "generate", f"run={folder}", "max_new_tokens=60", "temperature=0"]
     done = subprocess.run(

@@ -3,6 +3,7 @@
 The rooms:
 
     attention   causal self-attention: heads, rotary positions, the cache of keys and values, the document mask
+    layers      linear maps and embeddings that draw no initial values of their own
     loss        the output matrix and the cross-entropy in one, without the logits
     loss_kernel its softmax and gradient as a Triton kernel, for CUDA
     float8      matrix products in fp8, by torchao

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train.config import AttentionKernel, ModelConfig
 from gpt2train.mup import attention_scale
+from gpt2train.network.layers import Linear
 
 ROTARY_BASE = 10_000.0
 """Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2."""
@@ -96,8 +97,8 @@ class Attention(nn.Module):
         self.heads, self.dropout, self.qk_norm = config.heads, config.dropout, config.qk_norm
         self.kernel = AttentionKernel.auto
         self.scale = attention_scale(config)
-        self.c_attn = nn.Linear(config.channels, 3 * config.channels, bias=config.biases)
-        self.c_proj = nn.Linear(config.channels, config.channels, bias=config.biases)
+        self.c_attn = Linear(config.channels, 3 * config.channels, bias=config.biases)
+        self.c_proj = Linear(config.channels, config.channels, bias=config.biases)
 
     def forward(
         self,

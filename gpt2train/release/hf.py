@@ -315,6 +315,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> GPT:
     data = {} if is_hf_folder(path) else checkpoint.read_state(checkpoint.resolve(path)).get("data", {})
     model = GPT(
         config,
+        seed=None,
         document_mask=bool(data.get("document_mask", False)),
         reset_positions=bool(data.get("reset_positions", False)),
     )
