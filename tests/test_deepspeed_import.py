@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from training import TINY, Ranks, read_metrics, write_tokens
 
+from data_pipeline.tokenizer import VOCABULARY
 from gpt2train import checkpoint
 from gpt2train.errors import CheckpointError, ConfigError
 from gpt2train.release.config import ImportConfig
@@ -46,7 +47,7 @@ def test_every_number_arrives(saved: Path, tmp_path: Path, name: str) -> None:
     assert folder.name == f"step_{STEPS:08d}"
     state = checkpoint.read_state(folder)
     assert (state["step"], state["updates"], state["tokens"]) == (STEPS, STEPS, STEPS * 4 * 16)
-    assert (state["model"]["layers"], state["model"]["heads"], state["model"]["vocabulary"]) == (2, 2, 50_257)
+    assert (state["model"]["layers"], state["model"]["heads"], state["model"]["vocabulary"]) == (2, 2, VOCABULARY)
     whole = load_file(saved / name / "whole.safetensors")
     names = {key.partition("/")[2] for key in whole}
     seen = 0
@@ -59,7 +60,7 @@ def test_every_number_arrives(saved: Path, tmp_path: Path, name: str) -> None:
                     expected = expected.T
                 rows = min(len(got), len(expected))
                 assert torch.equal(got[:rows], expected[:rows]), (kind, ours)
-                assert not got[50_257:].any()
+                assert not got[VOCABULARY:].any()
                 seen += 1
         assert seen == 3 * len(read._tensors.parameters)
     assert any(whole[f"exp_avg/{n}"].any() for n in names), "moments that are all zero would show nothing"
@@ -69,8 +70,9 @@ def test_every_number_arrives(saved: Path, tmp_path: Path, name: str) -> None:
 def test_training_goes_on_from_the_step_it_was_saved_at(saved: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     import_model(ImportConfig(path=str(saved / "hf zero3"), to=str(run), heads=2))
-    tokens = write_tokens(tmp_path / "tokens")
-    settings = {**TINY, "data.path": str(tokens), "run_dir": str(run), "steps": STEPS + 2, "model.name": "imported"}
+    tokens = write_tokens(tmp_path / "tokens", vocabulary=VOCABULARY)
+    settings = {**TINY, "model.name": "imported", "model.vocabulary": VOCABULARY, "data.path": str(tokens)}
+    settings |= {"run_dir": str(run), "steps": STEPS + 2}
     ranks = Ranks(tmp_path / "start", [{"train": settings}], 1)
     assert ranks.wait(240) == [0], ranks.stderr()
     losses, _ = read_metrics(run)
