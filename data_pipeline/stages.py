@@ -27,7 +27,7 @@ from data_pipeline.steps import Steps, plain, rows_of
 from data_pipeline.store import Step, stands_but_for, why_not_done
 
 LEAST_PART_ROWS = 64
-"""Pages that are worth a process of their own: it takes a second to start."""
+"""Pages that are worth a task of their own, with its files and its marker."""
 
 JOIN_IN_PARTS_ROWS = 500_000
 """From so many documents on near-duplicates are joined in a task a band; below, one task needs less than starting them
@@ -101,29 +101,29 @@ class Stages:
         most = min(max(sum(rows) // LEAST_SHARDS, LEAST_PART_ROWS), ROWS_PER_SHARD)
         parts: dict[int, list[tuple[Path, Path]]] = {}
         work: list[Step] = []
-        place: dict[str, tuple[int, int]] = {}
+        place: dict[str, tuple[int, int, int]] = {}  # part's name → shard, first row, rows
         for step in steps:
             k = int(step.name)
-            if rows[k] <= most or why_not_done(step, self.steps.hashes) is None:
+            pieces = round(rows[k] / most)
+            if pieces < 2 or why_not_done(step, self.steps.hashes) is None:
                 continue
             parts[k] = []
-            for start in range(0, rows[k], most):
+            each = -(-rows[k] // pieces)
+            for start in range(0, rows[k], each):
                 name = f"{k:05d}_{start:09d}"
                 files = (folder / f"{name}.parquet", folder / f"{name}.verdicts.parquet")
-                settings = {**step.settings, "start": start, "rows": most}
+                place[name] = (k, start, min(each, rows[k] - start))
+                settings = {**step.settings, "start": start, "rows": place[name][2]}
                 work.append(Step("extract_parts", name, folder, settings, step.inputs, files))
-                place[name] = (k, start)
                 parts[k].append(files)
 
         def make(step: Step) -> Task:
-            k, start = place[step.name]
-            arguments = (self.out, k, self.config.extract, self._languages(), start, most, step.outputs)
+            k, start, count = place[step.name]
+            arguments = (self.out, k, self.config.extract, self._languages(), start, count, step.outputs)
             return Task(f"extract {step.name}", tasks.extract_rows, arguments)
 
         if work:
-            self.steps.run(
-                "extract", work, make, rows=lambda step: min(most, rows[place[step.name][0]] - place[step.name][1])
-            )
+            self.steps.run("extract", work, make, rows=lambda step: place[step.name][2])
         return parts
 
     def _forgotten(self) -> dict[int, dict[str, str]]:

@@ -15,7 +15,7 @@ import pytest
 from launching import alive
 from pages import ARTICLE, PATHOLOGICAL, SHARED, URL, needs_pages, one_page
 
-from data_pipeline.clean.extract import Extractor, ExtractorError
+from data_pipeline.clean.extract import Extractor, ExtractorError, extractor_of_thread
 from data_pipeline.clean.html_text import Extracted, Rejected, page_text
 from data_pipeline.config import ExtractConfig
 from data_pipeline.records import FAILED
@@ -124,6 +124,60 @@ def test_child_is_replaced_after_its_share_of_pages() -> None:
             assert isinstance(extractor.extract(ARTICLE, URL), Extracted)
             pids.append(extractor.pid)
     assert pids[0] == pids[1] != pids[2] == pids[3]
+
+
+def test_an_idle_child_ends_and_the_next_page_has_another() -> None:
+    with Extractor(ExtractConfig(), idle_s=0.5) as extractor:
+        outcomes, pids = [], []
+        for _ in range(3):
+            outcomes.append(extractor.extract(ARTICLE, URL))
+            pids.append(extractor.pid)
+            assert pids[-1] is not None
+            deadline = time.monotonic() + 10
+            while Path(f"/proc/{pids[-1]}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+    assert len(set(pids)) == 3
+    assert isinstance(outcomes[0], Extracted)
+    assert outcomes == [outcomes[0]] * 3
+
+
+def test_a_page_broken_off_leaves_no_answer_for_the_next() -> None:
+    class Stopped(BaseException):
+        pass
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with Extractor(ExtractConfig(timeout_s=30)) as extractor:
+            expected = extractor.extract(ARTICLE, URL)
+            timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1))
+            timer.start()
+            with pytest.raises(Stopped):
+                extractor.extract(PATHOLOGICAL["attributes"], URL)  # more than 5 s of work
+            timer.join()
+            assert extractor.extract(ARTICLE, URL) == expected
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_thread_keeps_its_extractor_while_the_settings_stay() -> None:
+    config = ExtractConfig()
+    kept = extractor_of_thread(config, ["en"])
+    kept.extract(ARTICLE, URL)
+    first = kept.pid
+    assert extractor_of_thread(ExtractConfig(), ["en"]) is kept
+    others: list[Extractor] = []
+    thread = threading.Thread(target=lambda: others.append(extractor_of_thread(config, ["en"])))
+    thread.start()
+    thread.join()
+    assert others[0] is not kept
+    assert kept.pid == first is not None
+    assert extractor_of_thread(config, ["de"]) is not kept
+    assert kept.pid is None
+    assert not alive(first)
 
 
 def test_child_dies_with_a_killed_parent() -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import yaml
 
+from data_pipeline.clean import quality
 from data_pipeline.clean.quality import (
     SENTENCE_TERMINAL,
     blocked_phrases,
@@ -227,6 +228,21 @@ def test_an_empty_text_goes_under_every_recipe() -> None:
 def test_words_are_parted_as_by_spacy(text: str, words: str) -> None:
     # The right side is what spaCy 3.8's blank English tokenizer gives.
     assert split_words(text) == words.split()
+
+
+def test_words_do_not_depend_on_what_was_parted_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "_MOST_RUNS", 50)
+    marks = [
+        *"abZ09.,'’-–/:@&()[]%#;!?~\"<>=+é中 \t\n\x0b\x1c\x85\xa0\u2003",
+        "can't",
+        "cannot",
+        "5km",
+        "http://a.b/c?d",
+    ]
+    draw = random.Random(5)
+    for _ in range(3_000):
+        text = "".join(draw.choices(marks, k=draw.randrange(40)))
+        assert quality.split_words(text) == quality._WORD.findall(text)
 
 
 def test_sentence_terminals_are_unicodes() -> None:

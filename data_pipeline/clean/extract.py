@@ -9,14 +9,17 @@ every page. What happens to a page's bytes is told in `html_text.py`; this room 
     ├── crash, error   the child is replaced, and the page gets one more try in a fresh process, so that a child that
     │                  was killed from outside, or was worn by earlier pages, changes no page's outcome
     ├── growth         the child is replaced after `PAGES_PER_PROCESS` pages
+    ├── idleness       the child ends after `IDLE_S` without a page
     └── parent dies    the child dies with it
 
-Frames on the pipes are length-prefixed JSON and bytes, never pickles. The child's cost is its start, about 1 s; a page
-adds some 0.1 ms to the extraction itself.
+Frames on the pipes are length-prefixed JSON and bytes, never pickles. The child's cost is its start, about 1 s with
+what its first pages load; a page adds some 0.1 ms to the extraction itself. So a worker keeps one extractor over all
+its shards (`extractor_of_thread`).
 """
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -28,6 +31,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,6 +60,8 @@ START_TIMEOUT_S = 120.0
 START_TRIES = 3
 # The clock's bound on a page, as a multiple of its processor time.
 WALL_FACTOR = 2.0
+# A child that waits so long for its next page ends: its worker has gone on to other stages. The next page starts one.
+IDLE_S = 30.0
 
 _REQUEST = struct.Struct(">II")  # bytes of the JSON header, bytes of the body
 _RESPONSE = struct.Struct(">I")  # bytes of the JSON answer
@@ -78,12 +84,17 @@ class Extractor:
     """
 
     def __init__(
-        self, config: ExtractConfig, pages_per_process: int = PAGES_PER_PROCESS, languages: Sequence[str] = ()
+        self,
+        config: ExtractConfig,
+        pages_per_process: int = PAGES_PER_PROCESS,
+        languages: Sequence[str] = (),
+        idle_s: float = IDLE_S,
     ) -> None:
         """`languages`: pages surely in none of them are left out before extraction; empty: all are taken."""
         self.config = config
         self.languages = list(languages)
         self.pages_per_process = pages_per_process
+        self.idle_s = idle_s
         self._child: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
         self.pages = 0
@@ -135,6 +146,9 @@ class Extractor:
                 if not fresh:
                     continue
                 return Rejected(FAILED, "extract_crash", f"{gone}: {_how_it_ended(code)}", numbers)
+            except BaseException:  # broken off in mid-frame: the next page must not get this one's answer
+                self.close()
+                raise
             if answer.get("memory"):
                 self.close()
                 if not fresh:
@@ -204,9 +218,9 @@ class Extractor:
         assert self._child.stdout is not None
         os.set_blocking(self._child.stdin.fileno(), False)
         os.set_blocking(self._child.stdout.fileno(), False)
-        settings = json.dumps(
-            {"parent": os.getpid(), "config": dataclasses.asdict(self.config), "languages": self.languages}
-        ).encode()
+        config = dataclasses.asdict(self.config)
+        said = {"parent": os.getpid(), "config": config, "languages": self.languages, "idle_s": self.idle_s}
+        settings = json.dumps(said).encode()
         self._exchange(_RESPONSE.pack(len(settings)) + settings, START_TIMEOUT_S)
 
     def _exchange(self, request: bytes, timeout_s: float) -> dict:
@@ -245,6 +259,24 @@ class Extractor:
                     (size,) = _RESPONSE.unpack_from(received)
                     if len(received) >= _RESPONSE.size + size:
                         return json.loads(received[_RESPONSE.size :])
+
+
+_kept = threading.local()
+
+
+def extractor_of_thread(config: ExtractConfig, languages: Sequence[str] = ()) -> Extractor:
+    """This thread's extractor, kept from shard to shard, since its child costs as much as a hundred pages.
+
+    One with other settings takes its place. The child ends with its thread, with the process, or after `IDLE_S`.
+    """
+    kept: Extractor | None = getattr(_kept, "extractor", None)
+    if kept is None or (kept.config, kept.languages) != (config, list(languages)):
+        if kept is not None:
+            kept.close()
+            atexit.unregister(kept.close)
+        kept = _kept.extractor = Extractor(config, languages=languages)
+        atexit.register(kept.close)
+    return kept
 
 
 def _how_it_ended(code: int) -> str:
@@ -286,44 +318,44 @@ def extract_shard(
     known: dict[tuple[str, ...], Extracted | Rejected] = {}
     documents: list[dict[str, object]] = []
     verdicts: list[Verdict] = []
-    with Extractor(config, languages=languages) as extractor:
-        for page in pages.sort_by("index").to_pylist():
-            response = read_body(page)
-            if isinstance(response, Rejected):
-                outcome: Extracted | Rejected = response
+    extractor = extractor_of_thread(config, languages)
+    for page in pages.sort_by("index").to_pylist():
+        response = read_body(page)
+        if isinstance(response, Rejected):
+            outcome: Extracted | Rejected = response
+        else:
+            address, day = page["final_url"] or page["url"], page["fetched_at"] or ""
+            # All that an outcome depends on. Of the URL that is its year alone, which may date the page.
+            key = (page["payload_digest"] or "", response[1], day[:10], *_YEAR.findall(address))
+            if key[0] in again and key in known:
+                outcome = known[key]
             else:
-                address, day = page["final_url"] or page["url"], page["fetched_at"] or ""
-                # All that an outcome depends on. Of the URL that is its year alone, which may date the page.
-                key = (page["payload_digest"] or "", response[1], day[:10], *_YEAR.findall(address))
-                if key[0] in again and key in known:
-                    outcome = known[key]
-                else:
-                    outcome = extractor.extract(response[0], address, response[1], day)
-                if key[0] in again and (isinstance(outcome, Extracted) or outcome.state == DROPPED):
-                    known[key] = outcome
-            if isinstance(outcome, Rejected):
-                verdicts.append(
-                    Verdict(page["index"], page["url"], outcome.state, outcome.reason, outcome.detail, outcome.numbers)
-                )
-                continue
-            verdicts.append(Verdict(page["index"], page["url"], numbers=outcome.numbers))
-            documents.append(
-                {
-                    "index": page["index"],
-                    "url": page["url"],
-                    "text": outcome.text,
-                    "title": outcome.title or None,
-                    "author": outcome.author or None,
-                    "date": outcome.date or None,
-                    "language": None,
-                    "domain": page["domain"],
-                    "fetched_at": page["fetched_at"],
-                    "warc_file": page["warc_file"],
-                    "warc_offset": page["warc_offset"],
-                    "digest": text_digest(outcome.text),
-                    "numbers": numbers_to_json(outcome.numbers),
-                }
+                outcome = extractor.extract(response[0], address, response[1], day)
+            if key[0] in again and (isinstance(outcome, Extracted) or outcome.state == DROPPED):
+                known[key] = outcome
+        if isinstance(outcome, Rejected):
+            verdicts.append(
+                Verdict(page["index"], page["url"], outcome.state, outcome.reason, outcome.detail, outcome.numbers)
             )
+            continue
+        verdicts.append(Verdict(page["index"], page["url"], numbers=outcome.numbers))
+        documents.append(
+            {
+                "index": page["index"],
+                "url": page["url"],
+                "text": outcome.text,
+                "title": outcome.title or None,
+                "author": outcome.author or None,
+                "date": outcome.date or None,
+                "language": None,
+                "domain": page["domain"],
+                "fetched_at": page["fetched_at"],
+                "warc_file": page["warc_file"],
+                "warc_offset": page["warc_offset"],
+                "digest": text_digest(outcome.text),
+                "numbers": numbers_to_json(outcome.numbers),
+            }
+        )
     return pa.Table.from_pylist(documents, schema=DOCUMENT_SCHEMA), verdict_table(verdicts)
 
 
@@ -368,12 +400,14 @@ def _child_main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
     _answer(answers, {"ready": True})
+    # These signals keep their default action, so the kernel ends the process even inside a library's loop: PROF at a
+    # page's processor time; ALRM where no page comes, or in a page of a child whose parent died where there is no
+    # parent-death signal.
+    signal.setitimer(signal.ITIMER_REAL, settings["idle_s"])
     while header := requests.read(_REQUEST.size):
         header_size, body_size = _REQUEST.unpack(header)
         page = json.loads(_read_exactly(requests, header_size))
         body = _read_exactly(requests, body_size)
-        # Both signals keep their default action, so the kernel ends the process even inside a library's loop: the
-        # first at the processor time, the second for a child whose parent died where there is no parent-death signal.
         signal.setitimer(signal.ITIMER_PROF, config.timeout_s)
         signal.setitimer(signal.ITIMER_REAL, WALL_FACTOR * config.timeout_s + 5.0)
         try:
@@ -383,7 +417,7 @@ def _child_main() -> None:
             return
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0.0)
-            signal.setitimer(signal.ITIMER_REAL, 0.0)
+            signal.setitimer(signal.ITIMER_REAL, settings["idle_s"])
         name = "extracted" if isinstance(outcome, Extracted) else "rejected"
         _answer(answers, {name: dataclasses.asdict(outcome)})
         if len(body) > 500_000:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.clean.first_look import surely_other_language
 from data_pipeline.clean.main_content import main_text
+from data_pipeline.clean.metadata import Metadata, page_metadata
 from data_pipeline.config import ExtractConfig
 from data_pipeline.records import DROPPED, FAILED
 
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from resiliparse.parse.html import HTMLTree
 
 Numbers = Mapping[str, float | int | str]
-
-# A date in a page that lies after the fetch is no publication date. Without a known day of fetch this far bound
-# stands in: htmldate's own default is the clock's today, which would give another corpus each day.
-UNKNOWN_FETCH_DAY = "2099-12-31"
 
 HTML_TYPES = frozenset({"", "text/html", "application/xhtml+xml", "application/xml", "text/xml"})
 
@@ -175,28 +172,25 @@ def _trafilatura(html: str, url: str, fetched_at: str, config: ExtractConfig, ma
 
     With a `main` text at hand it looks for the metadata alone, if they are wanted.
     """
-    import trafilatura
-
-    max_date = fetched_at[:10] if re.match(r"\d{4}-\d\d-\d\d", fetched_at) else UNKNOWN_FETCH_DAY
-    dates = {"original_date": True, "extensive_search": False, "max_date": max_date}
     if main is not None and not config.metadata:
         return Extracted(main)
-    if main is not None:
-        found = trafilatura.extract_metadata(html, default_url=url or None, date_config=dates, extensive=False)
-    else:
+    import trafilatura
+
+    tree = trafilatura.load_html(html)
+    if tree is None:
+        return Extracted(main or "")
+    known = page_metadata(tree, html, url, fetched_at) if config.metadata else Metadata()
+    if main is None:
         found = trafilatura.bare_extraction(
-            html,
+            tree,
             url=url or None,
             favor_recall=config.favor_recall,
             include_comments=False,
             include_tables=config.tables,
-            with_metadata=config.metadata,
-            date_extraction_params=dates,
         )
-    if found is None:
-        return Extracted(main or "")
-    title, author, date = (one_line(v or "") for v in (found.title, found.author, found.date))
-    return Extracted((found.text or "") if main is None else main, title, author, date)
+        main = "" if found is None else found.text or ""
+    title, author, date = map(one_line, known)
+    return Extracted(main, title, author, date)
 
 
 def visible_lines(body: bytes, content_type: str) -> list[str]:
