@@ -1,4 +1,4 @@
-"""Tokens per second of generation at batch 1 beside transformers' `generate`, on the same weights.
+"""Tokens per second of generation at batch 1, or more, beside transformers' `generate`, on the same weights.
 
 Both decode in fp32 with their caches (transformers' default, dynamic), with as many threads, from the same prompt:
 greedily, sampled by top-k and sampled by top-p with the same settings. They take turns, and each round gives a ratio,
@@ -9,7 +9,10 @@ when greedy, so give `--run` for a trained model's figures. What is compared are
 `OMP_NUM_THREADS=1` gives one thread to both, which is also where ours has products of its own
 (gpt2train/generation/products.py).
 
-    python -m benchmarks.generation [--model small] [--run RUN] [--prompt TEXT] [--tokens 64] [--rounds 3] [--json FILE]
+    python -m benchmarks.generation [--model small] [--run RUN] [--prompt TEXT] [--tokens 64] [--batch 1] [--rounds 3]
+                                    [--json FILE]
+
+With `--batch` all rows have the same prompt and, sampled, numbers of their own; more than one row has no guesses.
 """
 
 from __future__ import annotations
@@ -46,17 +49,25 @@ def main() -> None:
     parser.add_argument("--run", default="", help="a run, or a folder in Hugging Face format, instead of new weights")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a text")
+    parser.add_argument("--batch", type=int, default=1, help="rows, all with the same prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", default="", help="file for the numbers")
     options = parser.parse_args()
     result = compare(
-        options.model, run=options.run, prompt=options.prompt, tokens=options.tokens, rounds=options.rounds
+        options.model,
+        run=options.run,
+        prompt=options.prompt,
+        tokens=options.tokens,
+        batch=options.batch,
+        rounds=options.rounds,
     )
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64, rounds: int = 3) -> dict[str, Any]:
+def compare(
+    name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64, batch: int = 1, rounds: int = 3
+) -> dict[str, Any]:
     """Prints the table; tokens per second by job, and the ratio of the medians to transformers'."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(run, device) if run else _new(name).to(device).eval()
@@ -71,18 +82,23 @@ def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64,
 
     model.register_forward_hook(count)
 
-    def ours(sampling: Sampling, draft_tokens: int) -> list[int]:
-        rows = Decoding(model, [ids], sampling, seeds=[0], max_new_tokens=tokens, draft_tokens=draft_tokens)
-        return [token for _, token in rows]
+    def ours(sampling: Sampling, draft_tokens: int) -> list[list[int]]:
+        rows = Decoding(
+            model, [ids] * batch, sampling, seeds=range(batch), max_new_tokens=tokens, draft_tokens=draft_tokens
+        )
+        texts: list[list[int]] = [[] for _ in range(batch)]
+        for row, token in rows:
+            texts[row].append(token)
+        return texts
 
-    def transformers_generate(**how: Any) -> list[int]:
-        given = torch.tensor([ids], device=device)
+    def transformers_generate(**how: Any) -> list[list[int]]:
+        given = torch.tensor([ids] * batch, device=device)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             texts = theirs.generate(
                 given, attention_mask=torch.ones_like(given), max_new_tokens=tokens, pad_token_id=0, **how
             )
-        return texts[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+        return texts[:, len(ids) :].tolist()  # type: ignore[no-any-return]
 
     ways: dict[str, tuple[dict[str, Any], Sampling]] = {
         "greedy": ({"do_sample": False}, GREEDY),
@@ -95,26 +111,30 @@ def compare(name: str, *, run: str = "", prompt: str = PROMPT, tokens: int = 64,
             Sampling(temperature=0.8, top_p=0.9),
         ),
     }
-    jobs: dict[str, Callable[[], list[int]]] = {}
+    jobs: dict[str, Callable[[], list[list[int]]]] = {}
     for way, (how, sampling) in ways.items():
         jobs[f"{way}, transformers"] = functools.partial(transformers_generate, **how)
         jobs[f"{way}, one by one"] = functools.partial(ours, sampling, 0)
-        jobs[f"{way}, with guesses"] = functools.partial(ours, sampling, DRAFT_TOKENS)
+        if batch == 1:
+            jobs[f"{way}, with guesses"] = functools.partial(ours, sampling, DRAFT_TOKENS)
     rates: dict[str, list[float]] = {job: [] for job in jobs}
     per_pass: dict[str, float] = {}
-    texts: dict[str, list[int]] = {}
+    texts: dict[str, list[list[int]]] = {}
     for round_number in range(rounds + 1):
         for job, act in jobs.items():
             passes, begin = 0, _clock(device)
             texts[job] = act()
             took_s = _clock(device) - begin
+            made = sum(map(len, texts[job]))
             if passes:
-                per_pass[job] = len(texts[job]) / passes
+                per_pass[job] = made / passes
             if round_number:  # the first round warms up
-                rates[job].append(len(texts[job]) / took_s)
-    same = texts["greedy, transformers"] == texts["greedy, one by one"] == texts["greedy, with guesses"]
+                rates[job].append(made / took_s)
+    same = all(found == texts["greedy, transformers"] for job, found in texts.items() if job.startswith("greedy"))
     unit = "tokens/s" if device.type == "cuda" else "tokens per CPU second"
-    print(f"\n{run or name} at batch 1, {len(ids)} + {tokens} tokens, {torch.get_num_threads()} threads, {device}")
+    print(
+        f"\n{run or name} at batch {batch}, {len(ids)} + {tokens} tokens, {torch.get_num_threads()} threads, {device}"
+    )
     print(f"{'':<24}{unit:>24}{'tokens a pass':>16}{'of transformers':>18}{'by round':>16}")
     result: dict[str, Any] = {"unit": unit, "rates": rates, "ratios": {}, "greedy_texts_equal": same}
     for job, found in rates.items():

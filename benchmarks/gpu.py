@@ -41,7 +41,16 @@ import torch
 from torch.nn import functional as F
 
 from gpt2train.compose import CONFIG_FOLDER, compose
-from gpt2train.config import VOCABULARY, Compile, Device, ModelConfig, Precision, TrainConfig, flops_per_token
+from gpt2train.config import (
+    VOCABULARY,
+    Compile,
+    CompileMode,
+    Device,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+    flops_per_token,
+)
 from gpt2train.data import BatchOrder, TokenWindows
 from gpt2train.model import GPT
 from gpt2train.optim import adamw, learning_rate, set_learning_rate
@@ -98,8 +107,10 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> flo
 
 def kernels(work: dict[str, Any]) -> dict[str, Any]:
     """Times in ms and the largest difference from fp32, or why a kernel cannot serve."""
+    from data_pipeline.tokenizer import END_OF_TEXT
     from gpt2train.config import AttentionKernel
-    from gpt2train.network.attention import one_kernel
+    from gpt2train.network import flexible
+    from gpt2train.network.attention import document_mask, one_kernel
     from gpt2train.network.loss import cross_entropy
 
     device = torch.device(work["device"])
@@ -108,17 +119,30 @@ def kernels(work: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"shapes": {"attention": [B, H, T, D], "loss": [B * T, C, V]}}
     with torch.no_grad(), one_kernel(AttentionKernel.math):
         exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    # Documents of a seventh of the context, as short web pages have it.
+    rows = torch.arange(B * T, device=device).view(B, T)
+    rows = torch.where(rows % max(T // 7, 1) == 0, END_OF_TEXT, 0)
+    with torch.no_grad(), one_kernel(AttentionKernel.math):
+        exact_within = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=document_mask(rows))
     for kernel in AttentionKernel:
 
-        def attend(kernel: AttentionKernel = kernel) -> torch.Tensor:
-            with one_kernel(kernel):
-                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        def attend(mask: Any, kernel: AttentionKernel = kernel) -> torch.Tensor:
+            if kernel is AttentionKernel.flex:
+                y = flexible.attend(q, k, v, mask, None)
+            else:
+                with one_kernel(kernel):
+                    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             y.sum().backward()
             return y.detach()
 
-        with _told(found, f"attention {kernel.value}"):
-            difference = (attend().float() - exact).abs().max().item()
-            found[f"attention {kernel.value}"] = {"ms": 1e3 * timed(attend, device, 10), "difference": difference}
+        for name, within, right in ((kernel.value, False, exact), (f"{kernel.value}, documents", True, exact_within)):
+            with _told(found, f"attention {name}"):
+                # Made once for all layers of a pass, and so not timed.
+                plain = document_mask(rows) if within else None
+                mask = flexible.block_mask(rows, within) if kernel is AttentionKernel.flex else plain
+                way = functools.partial(attend, mask)
+                difference = (way().float() - right).abs().max().item()
+                found[f"attention {name}"] = {"ms": 1e3 * timed(way, device, 10), "difference": difference}
     x = torch.randn(B * T, C, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(V, C, device=device) * 0.02).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(0, 50_257, (B * T,), device=device)
@@ -174,6 +198,8 @@ class Ours:
         self._guard = engine.Guard(self.engine)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if self._config.compile_mode is CompileMode.reduce_overhead:
+            torch.compiler.cudagraph_mark_step_begin()
         loss: torch.Tensor = self.engine(rows[:, :-1], rows[:, 1:])
         return loss
 

@@ -14,6 +14,7 @@ from gpt2train.config import (
     ActivationCheckpointing,
     AttentionKernel,
     Compile,
+    CompileMode,
     FaultAction,
     LossKernel,
     Offload,
@@ -102,6 +103,13 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         "model",
         "does not go with zero.stage=3, whose weights torch.compile sees as empty",
         "give compile=blocks or zero.stage=2",
+    )
+    require(
+        c.compile is not Compile.none or c.compile_mode is CompileMode.default,
+        "compile_mode",
+        c.compile_mode.name,
+        "changes nothing without compile=model or blocks",
+        "give one of them, or leave it out",
     )
     least_stage = {Offload.none: 0, Offload.optimizer: 2, Offload.parameters: 3}[c.zero.offload]
     require(
@@ -206,6 +214,17 @@ def _faults_of_kernels(c: TrainConfig) -> list[str]:
         faults.append(
             "kernels.attention=flash: takes no mask, and data.document_mask=true needs one; give kernels.attention=auto"
         )
+    if k.attention is AttentionKernel.flex:
+        if c.model.dropout:
+            faults.append(
+                f"kernels.attention=flex: has no dropout, and model.dropout={c.model.dropout:g}; "
+                "give model.dropout=0 or kernels.attention=auto"
+            )
+        if c.activation_checkpointing is ActivationCheckpointing.selective:
+            faults.append(
+                "kernels.attention=flex: activation_checkpointing=selective cannot keep its results; give "
+                "activation_checkpointing=full or none, or kernels.attention=auto"
+            )
     if k.loss is LossKernel.triton and importlib.util.find_spec("triton") is None:
         faults.append(
             "kernels.loss=triton: triton is not installed, it comes with torch's CUDA build; give kernels.loss=torch"

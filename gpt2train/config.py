@@ -75,6 +75,14 @@ class Compile(Enum):
     blocks = "blocks"
 
 
+class CompileMode(Enum):
+    """As torch.compile calls them."""
+
+    default = "default"
+    reduce_overhead = "reduce-overhead"
+    max_autotune = "max-autotune-no-cudagraphs"
+
+
 class Offload(Enum):
     none = "none"
     optimizer = "optimizer"
@@ -87,6 +95,7 @@ class AttentionKernel(Enum):
     cudnn = "cudnn"
     efficient = "efficient"
     math = "math"
+    flex = "flex"
 
 
 class LossKernel(Enum):
@@ -352,7 +361,8 @@ class KernelsConfig:
     """Which code does the heavy work; all of it computes the same, up to rounding (`python -m benchmarks.gpu`)."""
 
     attention: AttentionKernel = AttentionKernel.auto
-    """Of torch's `scaled_dot_product_attention`: auto, torch's own choice, or this one alone."""
+    """Of torch's `scaled_dot_product_attention`: auto, torch's own choice, or this one alone. Or flex: FlexAttention,
+    which leaves out what data.document_mask hides instead of computing it; on CUDA GPUs, without dropout."""
     loss: LossKernel = LossKernel.torch
     """Softmax and gradient of the loss: torch's operations, or triton, one kernel of ours, for CUDA."""
     fp8: bool = False
@@ -383,6 +393,9 @@ class TrainConfig:
     compile: Compile = Compile.none
     """torch.compile the whole model (the fastest steps), or each block by itself (one block is compiled, and serves for
     all; the only form at ZeRO 3)."""
+    compile_mode: CompileMode = CompileMode.default
+    """How: reduce_overhead replays CUDA graphs, for models so small that a GPU waits for Python; max_autotune tries
+    more kernels for each product, which takes minutes at the start."""
     deterministic: bool = True
     """On GPUs, kernels that give the same bits each time, so that a resumed run repeats the undisturbed one exactly;
     false: faster, and equal within rounding. CPUs always give the same bits."""

@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2train.config import Compile, Offload, OptimizerName, Precision, TrainConfig, micro_batch, parameter_count
+from gpt2train.config import (
+    AttentionKernel,
+    Compile,
+    Offload,
+    OptimizerName,
+    Precision,
+    TrainConfig,
+    micro_batch,
+    parameter_count,
+)
 from gpt2train.distributed import World, all_rows
 from gpt2train.model import GPT, Block
 from gpt2train.network.float8 import to_float8
@@ -102,6 +111,10 @@ def build(config: TrainConfig, world: World) -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*torch\.distributed\.\w+. is deprecated")
     if world.device.type == "cpu":
         _skip_shared_memory_op()
+    if config.kernels.attention is AttentionKernel.flex:
+        from gpt2train.network.flexible import require_gpu
+
+        require_gpu(world.device)
     model = GPT(
         config.model,
         seed=config.seed,
@@ -118,7 +131,7 @@ def build(config: TrainConfig, world: World) -> Any:
     deepspeed.init_distributed(verbose=False)  # takes over the process group that stands
     if config.compile is Compile.blocks:
         for block in model.h:
-            block.forward = torch.compile(block.forward)
+            block.forward = torch.compile(block.forward, mode=config.compile_mode.value)
         if config.zero.stage == 3:
             # Gathered as a whole, before the compiled forward begins.
             deepspeed.utils.set_z3_leaf_modules(model, [Block])
@@ -134,7 +147,7 @@ def build(config: TrainConfig, world: World) -> Any:
     if isinstance(inner, Muon):
         _share_matrices(engine, inner, shapes, world)
     if config.compile is Compile.model:
-        engine.compile()
+        engine.compile(compile_kwargs={"mode": config.compile_mode.value})
     engine.train()
     return engine
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from gpt2train.network.attention import (
 )
 from gpt2train.network.layers import Embedding, Linear
 from gpt2train.network.loss import cross_entropy, softcapped
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 INIT_STD = 0.02
 """Standard deviation of initial matrices (openai/gpt-2 src/model.py: `conv1d` and `wte`)."""
@@ -107,10 +110,10 @@ class Block(nn.Module):
         x_BTC: Tensor,
         cache: KeyValueCache | None = None,
         layer: int = 0,
-        mask_B1TT: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, layer, mask_B1TT, rotation)
+        x_BTC = x_BTC + self.attn(self.ln_1(x_BTC), cache, layer, mask, rotation)
         return x_BTC + self.mlp(self.ln_2(x_BTC))
 
 
@@ -150,6 +153,7 @@ class GPT(nn.Module):
             self.lm_head = Linear(config.channels, config.padded_vocabulary, bias=False)
         for block in self.h:
             block.attn.kernel = attention_kernel
+        self.attention_kernel = attention_kernel
         self.loss_kernel = loss_kernel
         self.logit_ratio = logit_ratio(config)
         self.product: Callable[[Tensor, Tensor], Tensor] = F.linear
@@ -204,10 +208,15 @@ class GPT(nn.Module):
                 f"{start} cached + {T} new tokens: the model's context is {self.config.context}; give it fewer tokens"
             )
         positions = torch.arange(start, start + T, device=tokens_BT.device)
-        mask_B1TT = None
-        if self.document_mask and cache is None:
-            mask_B1TT = document_mask(tokens_BT)
-            if self.reset_positions:
+        mask: Tensor | BlockMask | None = None
+        if cache is None:
+            if self.attention_kernel is AttentionKernel.flex:
+                from gpt2train.network.flexible import block_mask
+
+                mask = block_mask(tokens_BT, self.document_mask)
+            elif self.document_mask:
+                mask = document_mask(tokens_BT)
+            if self.document_mask and self.reset_positions:
                 positions = document_positions(tokens_BT)
         x_BTC = self.wte(tokens_BT)
         turns = None
@@ -221,9 +230,9 @@ class GPT(nn.Module):
             x_BTC = F.dropout(x_BTC, self.config.dropout)
         for layer, block in enumerate(self.h):
             if self.activation_checkpointing is not ActivationCheckpointing.none and torch.is_grad_enabled():
-                x_BTC = self._checkpointed(block, x_BTC, mask_B1TT, turns)
+                x_BTC = self._checkpointed(block, x_BTC, mask, turns)
             else:
-                x_BTC = block(x_BTC, cache, layer, mask_B1TT, turns)
+                x_BTC = block(x_BTC, cache, layer, mask, turns)
         if cache is not None:
             cache.length += T
         x_BTC = self.ln_f(x_BTC)
@@ -245,11 +254,15 @@ class GPT(nn.Module):
         )
 
     def _checkpointed(
-        self, block: nn.Module, x_BTC: Tensor, mask_B1TT: Tensor | None, rotation: tuple[Tensor, Tensor] | None
+        self,
+        block: nn.Module,
+        x_BTC: Tensor,
+        mask: Tensor | BlockMask | None,
+        rotation: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         options: dict[str, Any] = {}
         if self.activation_checkpointing is ActivationCheckpointing.selective:
             options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _EXPENSIVE)
-        y_BTC = checkpoint(block, x_BTC, None, 0, mask_B1TT, rotation, use_reentrant=False, **options)
+        y_BTC = checkpoint(block, x_BTC, None, 0, mask, rotation, use_reentrant=False, **options)
         assert isinstance(y_BTC, Tensor)
         return y_BTC

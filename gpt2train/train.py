@@ -27,7 +27,15 @@ import torch
 from data_pipeline.token_shards import TokenShards
 from gpt2train import checkpoint, claim, distributed, engine, mup
 from gpt2train.bounds import check
-from gpt2train.config import Compile, FaultAction, TrainConfig, flops_per_token, micro_batch, parameter_count
+from gpt2train.config import (
+    Compile,
+    CompileMode,
+    FaultAction,
+    TrainConfig,
+    flops_per_token,
+    micro_batch,
+    parameter_count,
+)
 from gpt2train.data import BatchOrder, TokenWindows, derive_seed, micro_batches
 from gpt2train.distributed import World, all_sum, on_rank_zero
 from gpt2train.errors import REQUEUE_EXIT_CODE, ConfigError, GPT2TrainError, NonFiniteError, RemoteError
@@ -164,6 +172,8 @@ def _train(
                 if config.model.dropout:
                     torch.manual_seed(_dropout_seed(config.seed, step, place))
                 tokens = rows.to(world.device, non_blocking=True)
+                if config.compile_mode is CompileMode.reduce_overhead:
+                    torch.compiler.cudagraph_mark_step_begin()  # its graphs may overwrite what the last pass gave
                 loss = model(tokens[:, :-1], tokens[:, 1:])
                 loss_sum += loss.detach()
                 model.backward(loss)

@@ -98,8 +98,17 @@ def test_the_window_slides_by_half_a_context(length: int) -> None:
     assert list(sample(model, prompt, max_new_tokens=150, **GREEDY)) == expected
 
 
-@pytest.mark.parametrize("sampling", [GREEDILY, Sampling(temperature=1.3, top_k=50, repetition_penalty=1.2)])
-def test_a_row_has_the_text_it_would_have_alone(sampling: Sampling) -> None:
+@pytest.mark.parametrize(
+    ("sampling", "at_once"),
+    [
+        (GREEDILY, None),
+        (Sampling(temperature=1.3, top_k=50, repetition_penalty=1.2), None),
+        (GREEDILY, True),
+        (Sampling(temperature=1.3, top_k=50, top_p=0.9), True),
+        (Sampling(temperature=1.3, top_k=50, repetition_penalty=1.2), True),
+    ],
+)
+def test_a_row_has_the_text_it_would_have_alone(sampling: Sampling, at_once: bool | None) -> None:
     """Prompts from one token to more than a context, rows that end early, and the window sliding twice."""
     model = lively(replace(TINY, vocabulary=500))
     generator = torch.Generator().manual_seed(3)
@@ -108,7 +117,7 @@ def test_a_row_has_the_text_it_would_have_alone(sampling: Sampling) -> None:
     for seed, prompt in enumerate(prompts):
         rows = Decoding(model, [prompt], sampling, seeds=[seed], max_new_tokens=90)
         alone.append([token for _, token in rows])
-    rows = Decoding(model, prompts, sampling, seeds=range(7), max_new_tokens=90)
+    rows = Decoding(model, prompts, sampling, seeds=range(7), max_new_tokens=90, at_once=at_once)
     together: list[list[int]] = [[] for _ in prompts]
     for row, token in rows:
         together[row].append(token)

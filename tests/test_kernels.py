@@ -14,14 +14,27 @@ import torch
 from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from gpt2train.bounds import check
-from gpt2train.config import AttentionKernel, KernelsConfig, LossKernel, ModelConfig, Precision, TrainConfig, ZeroConfig
+from gpt2train.config import (
+    ActivationCheckpointing,
+    AttentionKernel,
+    Compile,
+    CompileMode,
+    KernelsConfig,
+    LossKernel,
+    ModelConfig,
+    Positions,
+    Precision,
+    TrainConfig,
+    ZeroConfig,
+)
 from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
+from gpt2train.network import attention
 from gpt2train.network.attention import one_kernel
+from gpt2train.network.flexible import require_gpu
 from gpt2train.network.float8 import to_float8
 
 TINY = ModelConfig(layers=2, channels=32, heads=2, context=24, vocabulary=301)
-HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -49,6 +62,60 @@ def test_the_chosen_kernel_alone_is_taken() -> None:
         assert torch.backends.cuda.math_sdp_enabled()
         assert not torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # as it is on a CPU
+@pytest.mark.parametrize("modern", [False, True])
+def test_flex_attention_is_the_same_attention(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone: torch has no backward pass of it for a CPU."""
+    monkeypatch.setattr(attention, "END_OF_TEXT", 7)
+    config = dataclasses.replace(TINY, context=300)
+    if modern:
+        config = dataclasses.replace(config, positions=Positions.rotary, qk_norm=True, mup_base=16)
+    x = torch.randint(0, 301, (3, 301), generator=torch.Generator().manual_seed(1))
+    x[:, ::29] = 7
+    found = []
+    for documents, reset in ((False, False), (True, False), (True, True)):
+        losses = []
+        for kernel in (AttentionKernel.auto, AttentionKernel.flex):
+            model = GPT(config, document_mask=documents, reset_positions=reset, attention_kernel=kernel)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(4)  # so that attention is far from even
+                losses.append(torch.stack([model(x[:, :T], x[:, 1 : T + 1]) for T in (300, 129, 5)]))
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+        found.append(losses[1])
+    for masked in found[1:]:
+        assert (masked - found[0]).abs()[:2].min() > 1e-3, "the mask counts"
+
+
+def test_flex_attention_does_not_train_on_a_cpu_and_takes_no_dropout() -> None:
+    with pytest.raises(ConfigError, match=r"kernels.attention=flex: trains on a CUDA GPU alone, not on cpu; give"):
+        require_gpu(torch.device("cpu"))
+    config = TrainConfig(kernels=KernelsConfig(AttentionKernel.flex), model=ModelConfig(dropout=0.1))
+    config.data.path, config.run_dir, config.data.document_mask = "tokens", "run", True
+    config.activation_checkpointing = ActivationCheckpointing.selective
+    faults = "\n".join(check(config))
+    assert "kernels.attention=flex: has no dropout, and model.dropout=0.1; give model.dropout=0" in faults
+    assert "kernels.attention=flex: activation_checkpointing=selective cannot keep" in faults
+    config.model.dropout, config.activation_checkpointing = 0.0, ActivationCheckpointing.full
+    assert "kernels.attention" not in "\n".join(check(config))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.parametrize("documents", [False, True])
+def test_flex_attention_trains_on_a_gpu(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "END_OF_TEXT", 7)
+    config = dataclasses.replace(TINY, context=256)
+    x = torch.randint(0, 301, (3, 257), generator=torch.Generator().manual_seed(1)).cuda()
+    found = []
+    for kernel in (AttentionKernel.auto, AttentionKernel.flex):
+        model = GPT(config, document_mask=documents, attention_kernel=kernel).cuda()
+        model(x[:, :-1], x[:, 1:]).backward()
+        found.append([p.grad for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
 INTERPRETED = """
@@ -104,13 +171,14 @@ def test_the_triton_kernel_on_a_gpu() -> None:
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(HAS_TORCHAO, reason="torchao is installed")
-def test_fp8_without_torchao_is_refused() -> None:
+def test_fp8_without_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
     with pytest.raises(ConfigError, match=r"kernels.fp8=true: torchao cannot be imported .*pip install"):
         to_float8(GPT(TINY), torch.device("cpu"), emulate=True)
 
 
-@pytest.mark.skipif(not HAS_TORCHAO, reason="needs pip install 'gpt2train[fp8]'")
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs pip install 'gpt2train[fp8]'")
 def test_fp8_is_the_same_model_with_fewer_digits() -> None:
     model = GPT(dataclasses.replace(TINY, tied_head=False))
     names = {name: p.shape for name, p in model.named_parameters()}
@@ -130,7 +198,8 @@ def test_fp8_needs_a_device_that_has_it() -> None:
         to_float8(GPT(TINY), torch.device("cpu"))
 
 
-def test_wrong_choices_are_told_together() -> None:
+def test_wrong_choices_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
     config = TrainConfig(
         kernels=KernelsConfig(AttentionKernel.flash, LossKernel.triton, fp8=True),
         precision=Precision.fp32,
@@ -147,4 +216,13 @@ def test_wrong_choices_are_told_together() -> None:
     ):
         assert said in faults
     assert ("kernels.loss=triton: triton is not installed" in faults) != HAS_TRITON
-    assert ("kernels.fp8=true: torchao is not installed" in faults) != HAS_TORCHAO
+    assert "kernels.fp8=true: torchao is not installed" in faults
+
+
+def test_a_compile_mode_needs_something_to_compile() -> None:
+    config = TrainConfig(compile_mode=CompileMode.reduce_overhead)
+    config.data.path, config.run_dir = "tokens", "run"
+    said = "compile_mode=reduce_overhead: changes nothing without compile=model or blocks"
+    assert said in "\n".join(check(config))
+    config.compile = Compile.blocks
+    assert "compile_mode" not in "\n".join(check(config))

@@ -14,7 +14,7 @@ from tiny_models import TINY, lively, one_thread  # noqa: F401 (a fixture that e
 from data_pipeline.tokenizer import VOCABULARY
 from gpt2train.errors import NonFiniteError
 from gpt2train.generation.sampling import GREEDY as GREEDILY
-from gpt2train.generation.sampling import Sampling, _drawn, kept_tokens, next_token, penalize_repetition
+from gpt2train.generation.sampling import Sampling, _drawn, kept_tokens, next_token, next_tokens, penalize_repetition
 
 transformers = pytest.importorskip("transformers", reason="transformers is the reference")
 
@@ -108,6 +108,38 @@ def test_a_draw_is_the_inverse_of_the_cumulative_distribution(sampling: Sampling
         before = sums[token - 1] if token else torch.tensor(0.0)
         assert before - 1e-6 <= uniform <= sums[token] + 1e-6
         assert sums[token] > before
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        GREEDILY,
+        Sampling(),
+        Sampling(temperature=0.3),
+        Sampling(top_k=1),
+        Sampling(temperature=0.8, top_k=40),
+        Sampling(temperature=1.2, top_p=0.9),
+        Sampling(temperature=0.7, top_k=60, top_p=0.95),
+        Sampling(top_k=10**6, top_p=1e-9),
+    ],
+)
+def test_all_rows_at_once_get_what_each_gets_alone(sampling: Sampling) -> None:
+    draw = torch.Generator().manual_seed(17)
+    for spread, V in ((3.0, 700), (0.01, 3_000), (8.0, 500)):
+        logits = torch.randn(64, V, generator=draw) * spread
+        logits[1] = logits[1].round()  # many equal ones, at the edge of what is kept as well
+        logits[2, 5:] = -1e30
+        logits[3] = 0.0
+        generators = [torch.Generator().manual_seed(row) for row in range(64)]
+        uniforms = torch.tensor([torch.rand((), dtype=torch.float64, generator=g) for g in generators])
+        alone = [next_token(row, sampling, [], torch.Generator().manual_seed(seed)) for seed, row in enumerate(logits)]
+        assert next_tokens(logits, sampling, uniforms).tolist() == alone
+    ends = torch.tensor([0.0, math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    edge = torch.tensor([[-3e38, 0.0, -3e38, 1.0, -3e38]] * 2)
+    chosen = next_tokens(edge, sampling, ends).tolist()
+    assert chosen == ([3, 3] if sampling.top_k == 1 or sampling.top_p < 0.5 or not sampling.temperature else [1, 3])
+    wrong = torch.tensor([[0.0, math.nan], [math.inf, 0.0], [1.0, 2.0]])
+    assert next_tokens(wrong, sampling, torch.full((3,), 0.9, dtype=torch.float64)).tolist() == [-1, -1, 1]
 
 
 def test_a_draw_takes_no_token_without_probability() -> None:

@@ -22,7 +22,14 @@ import torch
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from gpt2train.generation.drafting import Drafts
-from gpt2train.generation.sampling import Sampling, next_token
+from gpt2train.generation.sampling import (
+    NOT_FINITE,
+    Sampling,
+    chooses_rows_at_once,
+    next_token,
+    next_tokens,
+    not_finite,
+)
 from gpt2train.model import GPT, KeyValueCache
 
 STOP, LENGTH = "stop", "length"
@@ -41,20 +48,24 @@ class Decoding:
             rows.finish(row)        # where no more of it is wanted
 
     Every prompt has at least one id. `reasons[row]` tells how an ended row ended. The same seed gives the same tokens,
-    drawn on the CPU by the row's own generator; ids that are no token (padding, or a vocabulary larger than GPT-2's)
-    have probability 0. `<|endoftext|>` ends a row and is not given.
+    by numbers that the row's own generator draws on the CPU; ids that are no token (padding, or a vocabulary larger
+    than GPT-2's) have probability 0. `<|endoftext|>` ends a row and is not given. `at_once`: tokens are chosen for all
+    rows together on the model's device, where the sampling can be; None: on any but a CPU.
     """
 
     def __init__(
         self, model: GPT, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int],
         max_new_tokens: int,
-        draft_tokens: int = DRAFT_TOKENS,
+        draft_tokens: int = DRAFT_TOKENS, at_once: bool | None = None,
     ) -> None:  # fmt: skip
         assert all(prompts), "an empty prompt starts from END_OF_TEXT"
         assert len(seeds) == len(prompts)
         self.reasons: dict[int, str] = {}
         self._model, self._sampling, self._max_new_tokens = model, sampling, max_new_tokens
         self._draft_tokens = draft_tokens
+        if at_once is None:
+            at_once = model.wte.weight.device.type != "cpu"
+        self._at_once = at_once and chooses_rows_at_once(sampling)
         self._context = model.config.context
         self._said = [list(p[-self._context :]) for p in prompts]
         """Each row's prompt, as far as the context takes it, and its new tokens."""
@@ -87,13 +98,24 @@ class Decoding:
             # Of a prompt the logits of the last position alone are made; behind guesses, those of each guess count too.
             at_M = torch.arange(B * T, device=parameter.device).view(B, T)[:, -last:].flatten() if last < T else None
             logits = self._model(tokens_BT, cache=cache, at_M=at_M)[..., :VOCABULARY]
-            logits_BTV = logits.float().cpu().view(B, last, -1)  # host-device sync, once a pass
+            logits_BTV = logits.float().view(B, last, -1)
+            # Rows that have ended, or are still within their prompts, get no token.
+            wanted = [row not in self.reasons and len(self._said[row]) <= at for row in live]
+            chosen = self._choose(logits_BTV[:, 0], live, wanted) if self._at_once and last == 1 else None
+            if chosen is None:
+                logits_BTV = logits_BTV.cpu()  # host-device sync, once a pass
             right = 0
-            for logits_TV, row in zip(logits_BTV, live, strict=True):
-                if row in self.reasons or len(self._said[row]) > at:
-                    continue  # ended, or still within its prompt
-                for logits_V, guess in zip(logits_TV, [*guessed, -1], strict=True):
-                    token = next_token(logits_V, self._sampling, self._said[row], self._generators[row])
+            for place, row in enumerate(live):
+                if not wanted[place] or row in self.reasons:
+                    continue
+                for i, guess in enumerate([*guessed, -1]):
+                    if chosen is not None:
+                        token = chosen[place]
+                        if token == NOT_FINITE:
+                            raise not_finite()
+                    else:
+                        logits_V = logits_BTV[place, i]
+                        token = next_token(logits_V, self._sampling, self._said[row], self._generators[row])
                     if token == END_OF_TEXT:
                         self.finish(row)
                         break
@@ -125,6 +147,18 @@ class Decoding:
                 left = self._max_new_tokens - self.new_tokens(live[0])
                 guessed = drafts.guess(min(room - cache.length, left) - 1)
                 fresh = [[*fresh[0], *guessed]]
+
+    def _choose(self, logits_BV: torch.Tensor, live: Sequence[int], wanted: Sequence[bool]) -> list[int]:
+        """A token for each live row; those that want none draw no number."""
+        uniforms = torch.zeros(len(live), dtype=torch.float64)
+        if self._sampling.temperature:
+            for place, row in enumerate(live):
+                if wanted[place]:
+                    uniforms[place] = torch.rand((), dtype=torch.float64, generator=self._generators[row])
+        ids: list[int] = next_tokens(
+            logits_BV, self._sampling, uniforms.to(logits_BV.device)
+        ).tolist()  # host-device sync
+        return ids
 
 
 def sample(

@@ -1,9 +1,10 @@
 """Logits → the next token.
 
-Flows in: fp32 logits of the last position of each row, on the CPU, and what the row has said so far. Flows out: one
-token id a row. Each row draws from a generator of its own, so its text does not depend on who else is in the batch.
-Costs a few passes over the vocabulary in numpy, whose operations on a vector of this size start sooner than torch's;
-nothing is sorted but what top-p needs.
+Flows in: fp32 logits of the last position of each row, and what the row has said so far. Flows out: one token id a row.
+Each row draws from a generator of its own, so its text does not depend on who else is in the batch. On the CPU a row
+costs a few passes over the vocabulary in numpy, whose operations on a vector of this size start sooner than torch's;
+nothing is sorted but what top-p needs (`next_token`). On a GPU all rows are chosen there at once, and their ids alone
+come back (`next_tokens`): 64 rows' logits are 13 MB a token, and their choice on the CPU takes longer than the pass.
 
 A token is drawn by one uniform number: the first whose cumulative probability exceeds it, in the order of the ids, not
 of likelihood, since two tokens of nearly the same likelihood may change places by rounding.
@@ -91,6 +92,11 @@ def penalize_repetition(logits_V: Tensor, said: Sequence[int], penalty: float) -
     return logits_V.index_copy(0, ids, torch.where(chosen < 0, chosen * penalty, chosen / penalty))
 
 
+def not_finite() -> NonFiniteError:
+    """What to say of a model whose logits are not finite."""
+    return NonFiniteError("the model's logits are not finite; choose an earlier checkpoint")
+
+
 def next_token(logits_V: Tensor, sampling: Sampling, said: Sequence[int], generator: torch.Generator) -> int:
     """One token id; `said` is all of the row so far, prompt included. A drawn token takes one number of `generator`.
 
@@ -98,7 +104,7 @@ def next_token(logits_V: Tensor, sampling: Sampling, said: Sequence[int], genera
     """
     # A sum is finite only if all it is made of is; large finite logits may overflow it, so that is looked at again.
     if not bool(logits_V.sum().isfinite()) and not bool(logits_V.isfinite().all()):
-        raise NonFiniteError("the model's logits are not finite; choose an earlier checkpoint")
+        raise not_finite()
     if sampling.watermark is not None and said:
         logits_V = sampling.watermark.prefer(logits_V, said[-1])
     logits_V = penalize_repetition(logits_V, said, sampling.repetition_penalty)
@@ -112,6 +118,47 @@ def next_token(logits_V: Tensor, sampling: Sampling, said: Sequence[int], genera
     uniform = float(torch.rand((), dtype=torch.float64, generator=generator))
     drawn = _drawn(scaled if ids is None else scaled[ids], uniform)
     return drawn if ids is None else int(ids[drawn])
+
+
+def chooses_rows_at_once(sampling: Sampling) -> bool:
+    """Whether `next_tokens` knows this way of choosing; a watermark and a penalty look at what each row has said."""
+    return sampling.watermark is None and sampling.repetition_penalty == 1
+
+
+NOT_FINITE = -1
+"""In place of a token of a row with a logit that is not finite."""
+
+
+def next_tokens(logits_BV: Tensor, sampling: Sampling, uniforms_B: Tensor) -> Tensor:
+    """One token id a row, int64 [B], or `NOT_FINITE`, on the logits' device: `next_token`'s rule for all rows at once.
+
+    Args:
+        logits_BV: fp32, on any device with fp64.
+        sampling: one that `chooses_rows_at_once`.
+        uniforms_B: fp64, a number in [0, 1) for each row, there too; greedy does not look at them.
+    """
+    finite_B = logits_BV.isfinite().all(dim=1)
+    if sampling.temperature == 0:
+        return torch.where(finite_B, logits_BV.argmax(dim=1), NOT_FINITE)
+    scaled_BV = (logits_BV - logits_BV.amax(dim=1, keepdim=True)) / max(sampling.temperature, LEAST_TEMPERATURE)
+    V, k, p = logits_BV.shape[1], sampling.top_k, sampling.top_p
+    top_k = 0 < k < V
+    if top_k or p < 1:
+        descending_BK = scaled_BV.topk(k, dim=1).values if top_k else scaled_BV.sort(dim=1, descending=True).values
+        least_B1 = descending_BK[:, -1:]
+        if p < 1:
+            # Logits equal to the last one that top-k keeps count, too, as they stay.
+            of_all_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
+            wanted_B1 = p * of_all_BV.exp().sum(dim=1, keepdim=True, dtype=torch.float64)
+            reached_BK = descending_BK.exp().cumsum(dim=1, dtype=torch.float64)
+            place_B1 = torch.searchsorted(reached_BK, wanted_B1).clamp(max=descending_BK.shape[1] - 1)
+            least_B1 = descending_BK.gather(1, place_B1)
+        scaled_BV = scaled_BV.masked_fill(scaled_BV < least_B1, -torch.inf)
+    reached_BV = scaled_BV.exp().cumsum(dim=1, dtype=torch.float64)
+    total_B1 = reached_BV[:, -1:].contiguous()
+    drawn_B1 = torch.searchsorted(reached_BV, uniforms_B[:, None] * total_B1, right=True)
+    last_B1 = torch.searchsorted(reached_BV, total_B1)  # as in `_drawn`
+    return torch.where(finite_B, torch.minimum(drawn_B1, last_B1)[:, 0], NOT_FINITE)
 
 
 def _drawn(logits_K: NDArray[np.float32], uniform: float) -> int:

@@ -2,7 +2,7 @@
 
 Flows in: the residual stream of a block, normed. Flows out: what attention adds to it. Costs 4·C² weights and, beyond
 them, 4·C·T operations a token forward; the scores are never all in memory, as torch's `scaled_dot_product_attention`
-works in tiles where no mask is given.
+works in tiles where no mask is given, and FlexAttention (flexible.py) also where one is.
 
 Shape letters: B sequences, T tokens of a sequence, C channels, H heads, D channels of a head (C/H), L layers, S past
 and present tokens.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train.config import AttentionKernel, ModelConfig
 from gpt2train.mup import attention_scale
 from gpt2train.network.layers import Linear
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 ROTARY_BASE = 10_000.0
 """Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2."""
@@ -88,8 +92,9 @@ class KeyValueCache:
 class Attention(nn.Module):
     """x_BTC → what attention adds, [B, T, C].
 
-    `rotation` holds the cosines and sines of rotary positions (see `rotation`), or None; `mask_B1TT` says which keys a
-    query may see, or None: those before it and itself. `kernel` may be set to one of torch's kernels.
+    `rotation` holds the cosines and sines of rotary positions (see `rotation`), or None; `mask` says which keys a query
+    may see: bool [B, 1, T, T], or a BlockMask for FlexAttention; None: those before it and itself. `kernel` may be set
+    to one of torch's kernels.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -105,7 +110,7 @@ class Attention(nn.Module):
         x_BTC: Tensor,
         cache: KeyValueCache | None = None,
         layer: int = 0,
-        mask_B1TT: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         B, T, C = x_BTC.shape
@@ -115,30 +120,34 @@ class Attention(nn.Module):
             q_BHTD, k_BHSD = rotate(q_BHTD, *rotation), rotate(k_BHSD, *rotation)
         if self.qk_norm:  # a rotation keeps the length, so it does not matter which of the two comes first
             q_BHTD, k_BHSD = rms_norm(q_BHTD), rms_norm(k_BHSD)
-        mask = mask_B1TT
         if cache is not None:
             k_BHSD, v_BHSD = cache.append(layer, k_BHSD, v_BHSD)
             if 1 < T < k_BHSD.shape[2]:
                 # Several new tokens behind old ones: `is_causal` would align the triangle with the first key.
                 S = k_BHSD.shape[2]
                 mask = torch.ones(T, S, dtype=torch.bool, device=x_BTC.device).tril(diagonal=S - T)
-        with one_kernel(self.kernel):
-            y_BHTD = F.scaled_dot_product_attention(
-                q_BHTD,
-                k_BHSD,
-                v_BHSD,
-                attn_mask=mask,
-                is_causal=mask is None and T > 1,
-                dropout_p=self.dropout if self.training else 0.0,
-                scale=self.scale,
-            )
+        if mask is not None and not isinstance(mask, Tensor):
+            from gpt2train.network import flexible
+
+            y_BHTD = flexible.attend(q_BHTD, k_BHSD, v_BHSD, mask, self.scale)
+        else:
+            with one_kernel(self.kernel):
+                y_BHTD = F.scaled_dot_product_attention(
+                    q_BHTD,
+                    k_BHSD,
+                    v_BHSD,
+                    attn_mask=mask,
+                    is_causal=mask is None and T > 1,
+                    dropout_p=self.dropout if self.training else 0.0,
+                    scale=self.scale,
+                )
         y_BTC = self.c_proj(y_BHTD.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y_BTC, self.dropout) if self.training else y_BTC
 
 
 def one_kernel(kernel: AttentionKernel) -> contextlib.AbstractContextManager[None]:
     """Within it `scaled_dot_product_attention` has this kernel alone, and raises RuntimeError where it cannot serve."""
-    if kernel is AttentionKernel.auto:
+    if kernel in (AttentionKernel.auto, AttentionKernel.flex):  # the latter has a function of its own
         return contextlib.nullcontext()
     return sdpa_kernel(_BACKENDS[kernel])
 
@@ -168,12 +177,17 @@ def rotate(x_BHTD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return torch.cat((first * cosines + second * sines, second * cosines - first * sines), dim=-1)
 
 
-def document_mask(tokens_BT: Tensor) -> Tensor:
-    """Which keys a query may see, bool [B, 1, T, T]: those before it, and itself, of its own document.
+def document_numbers(tokens_BT: Tensor) -> Tensor:
+    """int64 [B, T]: which of the sequence's documents each token is of.
 
     `<|endoftext|>` belongs to the document that it opens, as in a sample that starts from it.
     """
-    document_BT = (tokens_BT == END_OF_TEXT).cumsum(1)
+    return (tokens_BT == END_OF_TEXT).cumsum(1)
+
+
+def document_mask(tokens_BT: Tensor) -> Tensor:
+    """Which keys a query may see, bool [B, 1, T, T]: those before it, and itself, of its own document."""
+    document_BT = document_numbers(tokens_BT)
     T = tokens_BT.shape[1]
     causal_TT = torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
     return ((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT)[:, None]
