@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
@@ -33,10 +35,14 @@ import yaml
 from data_pipeline import pack
 from data_pipeline.clean import dedup, extract, html_text, quality
 from data_pipeline.config import DedupConfig, ExtractConfig, QualityConfig, TokenizeConfig
+from data_pipeline.entrances import ROWS_PER_SHARD
 from data_pipeline.records import DOCUMENT_SCHEMA, PAGE_SCHEMA
+from data_pipeline.store import write_table
 from data_pipeline.tokenizer import load
 
 PAGES = Path(os.environ.get("GPT2TRAIN_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "pages"
+ROUNDS = 5
+"""Turns of the tokenizers; the median counts."""
 RECIPES = Path(__file__).parents[1] / "configs" / "corpus" / "recipe"
 REQUIREMENTS = {
     "datatrove": ("datatrove==0.10.1", "spacy", "nltk", "xxhash<4", "regex", "tldextract", "tokenizers"),
@@ -288,25 +294,42 @@ def tokenizing(texts: Sequence[str]) -> list[dict[str, Any]]:
         ways[f"tokenizers {tokenizers.__version__}"] = lambda text: fast.encode(text).ids
     except ImportError as e:
         print(f"tokenizers: not compared ({e})", file=sys.stderr)
+    texts = [texts[i % len(texts)] for i in range(ROWS_PER_SHARD)]  # a shard as large as the corpus makes them
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    truth = [load().encode(text).tolist() for text in texts]
-    rows = []
-    for name, way in ways.items():
-        seconds, ids = cpu_s(lambda way=way: [way(text) for text in texts])  # type: ignore[misc]
-        equal = sum(list(a) == b for a, b in zip(ids, truth, strict=True)) / len(texts)
-        rows.append({"job": "tokenize (MB)", "what": name, "per_cpu_s": megabytes / seconds, "same ids": equal})
-        if name.startswith("tiktoken"):
-            bare_s = seconds
+    truth = [load().encode(text) for text in texts]  # arrays: lists of millions of ids would cost each collection
+    peer = next(name for name in ways if name.startswith("tiktoken"))
+    took: dict[str, list[float]] = {name: [] for name in (*ways, "read", "written")}
+    equal = {}
     with tempfile.TemporaryDirectory() as temporary:
         documents = write_documents(texts, Path(temporary))
         write_shards(documents)  # imports what it needs
-        seconds, _ = cpu_s(lambda: write_shards(documents))
-    job = "tokenize, write (MB)"
-    return [
-        *rows,
-        {"job": job, "what": "this project", "per_cpu_s": megabytes / seconds},
-        {"job": job, "what": "tiktoken encode_to_numpy, not written", "per_cpu_s": megabytes / bare_s},
-    ]
+        for turn in range(ROUNDS):  # in turns, since a second more or less of the machine's is a tenth of all this
+            for name, way in ways.items():
+                if turn and name.startswith("tokenizers"):
+                    continue  # slow, and far from the others
+                seconds, ids = cpu_s(lambda way=way: [way(text) for text in texts])  # type: ignore[misc]
+                took[name].append(seconds)
+                equal[name] = sum(np.array_equal(a, b) for a, b in zip(ids, truth, strict=True)) / len(texts)
+            took["read"].append(cpu_s(lambda: encode_read(documents, ways[peer]))[0])
+            took["written"].append(cpu_s(lambda: write_shards(documents))[0])
+    rates = {name: megabytes / statistics.median(seconds) for name, seconds in took.items()}
+    rows = [{"job": "tokenize (MB)", "what": name, "per_cpu_s": rates[name], "same ids": equal[name]} for name in ways]
+    for job, what, way in (
+        ("tokenize, write (MB)", "not written", peer),
+        ("tokenize a file (MB)", "read, not written", "read"),
+    ):
+        share = statistics.median(b / w for b, w in zip(took[way], took["written"], strict=True))  # turn by turn
+        rows.append({"job": job, "what": "this project", "per_cpu_s": share * rates[way]})
+        rows.append({"job": job, "what": f"tiktoken encode_to_numpy, {what}", "per_cpu_s": rates[way]})
+    return rows
+
+
+def encode_read(documents: Path, way: Callable[[str], Any]) -> None:
+    """Each text read from Parquet as `pack` reads it, encoded, and let go."""
+    with pq.ParquetFile(documents) as rows:
+        for batch in rows.iter_batches(pack.BATCH_ROWS, columns=["text"], use_threads=False):
+            for text in batch["text"]:
+                way(text.as_py())
 
 
 def write_shards(documents: Path) -> None:
@@ -328,7 +351,7 @@ def write_documents(texts: Sequence[str], folder: Path) -> Path:
         for i, text in enumerate(texts)
     ]
     path = folder / "documents.parquet"
-    pq.write_table(pa.Table.from_pylist(documents, schema=DOCUMENT_SCHEMA), path)
+    write_table(pa.Table.from_pylist(documents, schema=DOCUMENT_SCHEMA), path)
     return path
 
 

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,14 @@ def tokenize_shard(documents: Path, tokens_out: Path, documents_out: Path) -> di
         write_atomic(tokens_out) as tokens_path,
         write_atomic(documents_out) as documents_path,
         pq.ParquetFile(documents) as rows,
-        open(tokens_path, "wb") as tokens_file,
+        open(tokens_path, "wb", buffering=1 << 20) as tokens_file,
         pq.ParquetWriter(documents_path, PART_SCHEMA, compression="zstd") as table,
     ):
-        for batch in rows.iter_batches(BATCH_ROWS, columns=["index", "url", "text", "digest"]):
+        # The other cores have shards of their own; and a batch's strings all at once would cost their memory anew.
+        for batch in rows.iter_batches(BATCH_ROWS, columns=["index", "url", "text", "digest"], use_threads=False):
             lengths = []
-            for text in batch["text"].to_pylist():
-                ids = encode(text).astype(TOKEN, copy=False)
+            for text in batch["text"]:
+                ids = encode(text.as_py()).astype(TOKEN, copy=False)
                 tokens_file.write(ids.data)
                 tokens_file.write(end.data)
                 lengths.append(len(ids) + 1)
@@ -112,13 +113,15 @@ def write_token_shards(
             for split, chosen in (("train", order[~validation[order]]), ("validation", order[validation[order]])):
                 for first in range(0, len(chosen), BATCH_ROWS):
                     batch = chosen[first : first + BATCH_ROWS]
-                    rows = documents.select(["index", "url", "digest"]).take(batch).to_pylist()
-                    for i, row in zip(batch.tolist(), rows, strict=True):
-                        if part_of[i] < 0:
-                            writer.pass_over(split, int(lengths[i]))
+                    chosen_rows = documents.take(batch)
+                    rows = zip(*(chosen_rows[name].to_pylist() for name in ("index", "url", "digest")), strict=True)
+                    places = zip(part_of[batch].tolist(), starts[batch].tolist(), lengths[batch].tolist(), strict=True)
+                    for (part, start, length), (index, url, digest) in zip(places, rows, strict=True):
+                        if part < 0:
+                            writer.pass_over(split, length)
                             continue
-                        tokens = tokens_of(int(part_of[i]))[starts[i] : starts[i] + lengths[i]]
-                        writer.append(split, tokens, **row)
+                        tokens = tokens_of(part)[start : start + length]
+                        writer.append(split, tokens, index=index, url=url, digest=digest)
                     if on_progress:
                         on_progress(len(batch))
             manifest = writer.finish(
@@ -198,6 +201,14 @@ def _read_parts(parts: Sequence[tuple[Path, Path]], tombstones: Path | None) -> 
     return documents, np.concatenate(starts), np.concatenate(part_of)
 
 
+def _hashed(keyed: blake2b, values: Iterable[bytes]) -> Iterator[bytes]:
+    """The hash of each value by the key, size and person of `keyed`, which has hashed nothing yet."""
+    for value in values:
+        of_value = keyed.copy()
+        of_value.update(value)
+        yield of_value.digest()
+
+
 def _arrange(documents: pa.Table, config: TokenizeConfig) -> tuple[np.ndarray, np.ndarray]:
     """validation[documents], bool, and order[documents]: the rows in the order in which they are written.
 
@@ -205,13 +216,11 @@ def _arrange(documents: pa.Table, config: TokenizeConfig) -> tuple[np.ndarray, n
     split does not follow from the seed. Equal hashes (equal texts) are ordered by index.
     """
     count = documents.num_rows
-    split_key = np.empty(count, np.uint64)
-    order_key = np.empty((count, 2), np.uint64)
     seed = config.seed.to_bytes(8, "little", signed=True)
-    for i, digest in enumerate(documents["digest"]):
-        raw = digest.as_py().encode()
-        split_key[i] = int.from_bytes(blake2b(raw, digest_size=8, person=b"split").digest(), "little")
-        order_key[i] = np.frombuffer(blake2b(raw, digest_size=16, key=seed, person=b"order").digest(), "<u8")
+    digests = [digest.as_py().encode() for digest in documents["digest"]]
+    by_split, by_order = blake2b(digest_size=8, person=b"split"), blake2b(digest_size=16, key=seed, person=b"order")
+    split_key = np.frombuffer(b"".join(_hashed(by_split, digests)), "<u8")
+    order_key = np.frombuffer(b"".join(_hashed(by_order, digests)), "<u8").reshape(count, 2)
     index = documents["index"].to_numpy()
     order = np.lexsort((index, order_key[:, 1], order_key[:, 0]))
     validation = split_key < np.uint64(int(config.validation_fraction * 2**64))

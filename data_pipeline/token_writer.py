@@ -81,14 +81,15 @@ class TokenShardWriter:
         """Add a document: tokens[n], uint16, ended by END_OF_TEXT. All of train comes before validation."""
         assert tokens.dtype == TOKEN, f"tokens are {tokens.dtype}, not uint16"
         assert tokens[-1] == self._end_of_text, "a document ends with END_OF_TEXT"
-        self._make_room(split, len(tokens))
+        count = len(tokens)
+        self._make_room(split, count)
         if self._bin is None:
             self._open_file()
         totals = self._splits[split]
-        self._rows.append((split, totals["tokens"], len(tokens), index, url, digest))
-        self._lengths.append(len(tokens))
-        self._file_tokens += len(tokens)
-        totals["tokens"] += len(tokens)
+        self._rows.append((split, totals["tokens"], count, index, url, digest))
+        self._lengths.append(count)
+        self._file_tokens += count
+        totals["tokens"] += count
         totals["documents"] += 1
         self._block += tokens.view(np.uint8).data
         if len(self._block) >= BLOCK_BYTES:

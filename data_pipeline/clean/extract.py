@@ -274,7 +274,7 @@ def extractor_of_thread(config: ExtractConfig, languages: Sequence[str] = ()) ->
         if kept is not None:
             kept.close()
             atexit.unregister(kept.close)
-        kept = _kept.extractor = Extractor(config, languages=languages)
+        kept = _kept.extractor = Extractor(dataclasses.replace(config), languages=languages)
         atexit.register(kept.close)
     return kept
 

@@ -48,14 +48,16 @@ def block_mask(tokens_BT: Tensor, within_documents: bool) -> BlockMask:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """Not compiled, it would make all scores; within a model that is compiled it becomes part of that."""
+    """Not compiled, it would make all scores."""
     compiled: Callable[..., Tensor] = torch.compile(flex_attention)
     return compiled
 
 
 def attend(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
     """What the queries see, [B, H, T, D]."""
-    how = _compiled() if q_BHTD.device.type == "cuda" else flex_attention
+    # Within a model that is compiled it becomes part of that.
+    alone = q_BHTD.device.type == "cuda" and not torch.compiler.is_compiling()
+    how = _compiled() if alone else flex_attention
     y_BHTD = how(q_BHTD, k_BHTD, v_BHTD, block_mask=mask, scale=scale)
     assert isinstance(y_BHTD, Tensor)
     return y_BHTD
