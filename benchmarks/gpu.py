@@ -110,7 +110,8 @@ def kernels(work: dict[str, Any]) -> dict[str, Any]:
     from data_pipeline.tokenizer import END_OF_TEXT
     from gpt2train.config import AttentionKernel
     from gpt2train.network import flexible
-    from gpt2train.network.attention import document_mask, one_kernel
+    from gpt2train.network.attention import one_kernel
+    from gpt2train.network.documents import document_mask
     from gpt2train.network.loss import cross_entropy
 
     device = torch.device(work["device"])

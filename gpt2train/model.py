@@ -39,11 +39,10 @@ from gpt2train.mup import logit_ratio, matrix_std_ratio
 from gpt2train.network.attention import (
     Attention,
     KeyValueCache,
-    document_mask,
-    document_positions,
     rms_norm,
     rotation,
 )
+from gpt2train.network.documents import document_mask, document_positions
 from gpt2train.network.layers import Embedding, Linear
 from gpt2train.network.loss import cross_entropy, softcapped
 

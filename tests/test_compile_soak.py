@@ -15,7 +15,7 @@ from training import cut, largest_difference, losses_of, play, settings, write_t
 
 from gpt2train.config import AttentionKernel, ModelConfig
 from gpt2train.model import GPT
-from gpt2train.network import attention
+from gpt2train.network import documents
 
 STEPS, CUT = 20, 10
 
@@ -72,18 +72,18 @@ def test_compiled_runs_have_the_losses_of_plain_ones_and_go_on(tmp_path: Path, m
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on a CPU needs g++")
 @pytest.mark.parametrize("how", ["model", "blocks"])
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("within", [False, True])
 def test_flex_attention_compiled_is_the_same_attention(
-    how: str, documents: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, within: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Forward alone: torch has no backward pass of it for a CPU. The mask is made within what is compiled, or not."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(attention, "END_OF_TEXT", 7)
+    monkeypatch.setattr(documents, "END_OF_TEXT", 7)
     config = ModelConfig(layers=2, channels=64, heads=2, context=256, vocabulary=301)
     x = torch.randint(0, 301, (3, 257), generator=torch.Generator().manual_seed(1))
     x[:, ::29] = 7
-    plain = GPT(config, document_mask=documents)
-    flexible = GPT(config, document_mask=documents, attention_kernel=AttentionKernel.flex)
+    plain = GPT(config, document_mask=within)
+    flexible = GPT(config, document_mask=within, attention_kernel=AttentionKernel.flex)
     with torch.no_grad():
         for model in (plain, flexible):
             for parameter in model.parameters():

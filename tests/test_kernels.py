@@ -29,7 +29,7 @@ from gpt2train.config import (
 )
 from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
-from gpt2train.network import attention
+from gpt2train.network import documents
 from gpt2train.network.attention import one_kernel
 from gpt2train.network.flexible import require_gpu
 from gpt2train.network.float8 import to_float8
@@ -68,17 +68,17 @@ def test_the_chosen_kernel_alone_is_taken() -> None:
 @pytest.mark.parametrize("modern", [False, True])
 def test_flex_attention_is_the_same_attention(modern: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward alone: torch has no backward pass of it for a CPU."""
-    monkeypatch.setattr(attention, "END_OF_TEXT", 7)
+    monkeypatch.setattr(documents, "END_OF_TEXT", 7)
     config = dataclasses.replace(TINY, context=300)
     if modern:
         config = dataclasses.replace(config, positions=Positions.rotary, qk_norm=True, mup_base=16)
     x = torch.randint(0, 301, (3, 301), generator=torch.Generator().manual_seed(1))
     x[:, ::29] = 7
     found = []
-    for documents, reset in ((False, False), (True, False), (True, True)):
+    for within, reset in ((False, False), (True, False), (True, True)):
         losses = []
         for kernel in (AttentionKernel.auto, AttentionKernel.flex):
-            model = GPT(config, document_mask=documents, reset_positions=reset, attention_kernel=kernel)
+            model = GPT(config, document_mask=within, reset_positions=reset, attention_kernel=kernel)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(4)  # so that attention is far from even
@@ -104,14 +104,14 @@ def test_flex_attention_does_not_train_on_a_cpu_and_takes_no_dropout() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
-@pytest.mark.parametrize("documents", [False, True])
-def test_flex_attention_trains_on_a_gpu(documents: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "END_OF_TEXT", 7)
+@pytest.mark.parametrize("within", [False, True])
+def test_flex_attention_trains_on_a_gpu(within: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "END_OF_TEXT", 7)
     config = dataclasses.replace(TINY, context=256)
     x = torch.randint(0, 301, (3, 257), generator=torch.Generator().manual_seed(1)).cuda()
     found = []
     for kernel in (AttentionKernel.auto, AttentionKernel.flex):
-        model = GPT(config, document_mask=documents, attention_kernel=kernel).cuda()
+        model = GPT(config, document_mask=within, attention_kernel=kernel).cuda()
         model(x[:, :-1], x[:, 1:]).backward()
         found.append([p.grad for p in model.parameters()])
     for one, other in zip(*found, strict=True):

@@ -1,4 +1,4 @@
-"""Causal self-attention over all heads, and what it needs: rotary positions, a cache, a mask of documents.
+"""Causal self-attention over all heads, and what it needs: rotary positions and a cache.
 
 Flows in: the residual stream of a block, normed. Flows out: what attention adds to it. Costs 4·C² weights and, beyond
 them, 4·C·T operations a token forward; the scores are never all in memory, as torch's `scaled_dot_product_attention`
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data_pipeline.tokenizer import END_OF_TEXT
 from gpt2train.config import AttentionKernel, ModelConfig
 from gpt2train.mup import attention_scale
 from gpt2train.network.layers import Linear
@@ -175,26 +174,3 @@ def rotate(x_BHTD: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """x with channels i and i + D/2 turned as a pair, clockwise, as transformers' NanoChat has it."""
     first, second = x_BHTD.chunk(2, dim=-1)
     return torch.cat((first * cosines + second * sines, second * cosines - first * sines), dim=-1)
-
-
-def document_numbers(tokens_BT: Tensor) -> Tensor:
-    """int64 [B, T]: which of the sequence's documents each token is of.
-
-    `<|endoftext|>` belongs to the document that it opens, as in a sample that starts from it.
-    """
-    return (tokens_BT == END_OF_TEXT).cumsum(1)
-
-
-def document_mask(tokens_BT: Tensor) -> Tensor:
-    """Which keys a query may see, bool [B, 1, T, T]: those before it, and itself, of its own document."""
-    document_BT = document_numbers(tokens_BT)
-    T = tokens_BT.shape[1]
-    causal_TT = torch.ones(T, T, dtype=torch.bool, device=tokens_BT.device).tril()
-    return ((document_BT[:, :, None] == document_BT[:, None, :]) & causal_TT)[:, None]
-
-
-def document_positions(tokens_BT: Tensor) -> Tensor:
-    """int64 [B, T]: how far each token lies behind its document's start, or the sequence's."""
-    positions_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-    starts_BT = torch.where(tokens_BT == END_OF_TEXT, positions_T, 0).cummax(1).values
-    return positions_T - starts_BT

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from gpt2train.errors import ConfigError
-from gpt2train.network.attention import document_numbers
+from gpt2train.network.documents import document_numbers
 
 
 def require_gpu(device: torch.device) -> None:
