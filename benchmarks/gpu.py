@@ -486,9 +486,9 @@ def main() -> int:
 def _print_kernels(found: dict[str, Any]) -> None:
     for name, row in found.items():
         if isinstance(row, str) or "cannot" in row:
-            print(f"  {name:24} cannot: {row if isinstance(row, str) else row['cannot']}")
+            print(f"  {name:27} cannot: {row if isinstance(row, str) else row['cannot']}")
         elif "ms" in row:
-            print(f"  {name:24} {row['ms']:9.3f} ms  differs by {row['difference']:.1e}")
+            print(f"  {name:27} {row['ms']:9.3f} ms  differs by {row['difference']:.1e}")
 
 
 def _print_losses(found: dict[str, Any]) -> None:
