@@ -71,6 +71,8 @@ def test_compiled_runs_have_the_losses_of_plain_ones_and_go_on(tmp_path: Path, m
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor on a CPU needs g++")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when its compiler is first imported
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # and where it reads a Function
 @pytest.mark.parametrize("how", ["model", "blocks"])
 @pytest.mark.parametrize("within", [False, True])
 def test_flex_attention_compiled_is_the_same_attention(
