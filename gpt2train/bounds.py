@@ -111,6 +111,13 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
         "changes nothing without compile=model or blocks",
         "give one of them, or leave it out",
     )
+    require(
+        c.precision is Precision.bf16 or c.compile_mode is not CompileMode.reduce_overhead,
+        "compile_mode",
+        c.compile_mode.name,
+        "needs precision=bf16: in fp32 gradients add up where the next pass's graph would write over them",
+        "give precision=bf16, or leave it out",
+    )
     least_stage = {Offload.none: 0, Offload.optimizer: 2, Offload.parameters: 3}[c.zero.offload]
     require(
         c.zero.stage >= least_stage,

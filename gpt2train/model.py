@@ -16,9 +16,10 @@ Shape letters: B sequences, T tokens of a sequence, N = B·T positions, C channe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -185,6 +186,17 @@ class GPT(nn.Module):
             else:
                 std = residual_std if name.endswith("c_proj.weight") else matrix_std
                 parameter.normal_(0.0, std, generator=generator)
+
+    @contextlib.contextmanager
+    def attention_of_any_device(self) -> Iterator[None]:
+        """Within it FlexAttention, which makes all scores where it is not compiled, gives way to torch's own choice."""
+        kernel = self.attention_kernel
+        if kernel is AttentionKernel.flex:
+            self.attention_kernel = AttentionKernel.auto
+        try:
+            yield
+        finally:
+            self.attention_kernel = kernel
 
     def forward(
         self,

@@ -45,7 +45,7 @@ def test_compiled_runs_have_the_losses_of_plain_ones_and_go_on(tmp_path: Path, m
         *(job(f"blocks{stage}", zero__stage=stage, **blocks) for stage in (1, 2, 3)),
         job("model1", zero__stage=1, **whole),
         # On a CPU there are no graphs to replay: that the way there works is all that is seen.
-        job("graphs1", zero__stage=1, compile_mode="reduce_overhead", **whole),
+        job("graphs low", precision="bf16", compile_mode="reduce_overhead", **whole),
         job("plain low", precision="bf16", activation_checkpointing="full"),
         job("blocks low", precision="bf16", activation_checkpointing="full", **blocks),
         job("plain modern", **modern),
@@ -57,7 +57,7 @@ def test_compiled_runs_have_the_losses_of_plain_ones_and_go_on(tmp_path: Path, m
     assert all(answer["codes"] == [0, 0] for answer in answers.values()), answers
     for name, plain, near in (
         ("blocks1", "plain1", 1e-5), ("blocks2", "plain1", 1e-5), ("blocks3", "plain3", 1e-5),
-        ("model1", "plain1", 1e-5), ("graphs1", "model1", 1e-5),
+        ("model1", "plain1", 1e-5), ("graphs low", "plain low", 5e-3),
         ("blocks low", "plain low", 5e-3), ("blocks modern", "plain modern", 1e-4),
     ):  # fmt: skip
         difference = largest_difference(losses_of(tmp_path / name), losses_of(tmp_path / plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
@@ -163,17 +164,44 @@ def test_a_page_broken_off_leaves_no_answer_for_the_next() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_start_broken_off_leaves_no_answer_for_the_first_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stopped(BaseException):
+        pass
+
+    exchange = Extractor._exchange
+
+    def stop(self: Extractor, request: bytes, timeout_s: float) -> dict:
+        monkeypatch.setattr(Extractor, "_exchange", exchange)
+        raise Stopped
+
+    monkeypatch.setattr(Extractor, "_exchange", stop)
+    with Extractor(ExtractConfig()) as extractor:
+        with pytest.raises(Stopped):
+            extractor.extract(ARTICLE, URL, "text/html", "2026-11-01")
+        assert extractor.pid is None
+        assert extractor.extract(ARTICLE, URL, "text/html", "2026-11-01") == one_page(ARTICLE)
+
+
 def test_a_thread_keeps_its_extractor_while_the_settings_stay() -> None:
     config = ExtractConfig()
     kept = extractor_of_thread(config, ["en"])
     kept.extract(ARTICLE, URL)
     first = kept.pid
     assert extractor_of_thread(ExtractConfig(), ["en"]) is kept
-    others: list[Extractor] = []
-    thread = threading.Thread(target=lambda: others.append(extractor_of_thread(config, ["en"])))
+    others: list[tuple[bool, int | None]] = []
+
+    def of_another_thread() -> None:
+        other = extractor_of_thread(config, ["en"])
+        other.extract(ARTICLE, URL)
+        others.append((other is kept, other.pid))
+
+    thread = threading.Thread(target=of_another_thread)
     thread.start()
     thread.join()
-    assert others[0] is not kept
+    gc.collect()
+    ((same, pid),) = others
+    assert not same
+    assert not Path(f"/proc/{pid}").exists(), "it ends with its thread, and is waited for"
     assert kept.pid == first is not None
     assert extractor_of_thread(config, ["de"]) is not kept
     assert kept.pid is None

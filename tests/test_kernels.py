@@ -89,6 +89,16 @@ def test_flex_attention_is_the_same_attention(modern: bool, monkeypatch: pytest.
         assert (masked - found[0]).abs()[:2].min() > 1e-3, "the mask counts"
 
 
+def test_flex_attention_gives_way_where_nothing_is_compiled() -> None:
+    plain, flexible = (
+        GPT(TINY, document_mask=True),
+        GPT(TINY, document_mask=True, attention_kernel=AttentionKernel.flex),
+    )
+    with flexible.attention_of_any_device():
+        assert torch.equal(gradients(flexible)[0], gradients(plain)[0])
+    assert flexible.attention_kernel is AttentionKernel.flex
+
+
 def test_flex_attention_does_not_train_on_a_cpu_and_takes_no_dropout() -> None:
     with pytest.raises(ConfigError, match=r"kernels.attention=flex: trains on a CUDA GPU alone, not on cpu; give"):
         require_gpu(torch.device("cpu"))
@@ -224,5 +234,7 @@ def test_a_compile_mode_needs_something_to_compile() -> None:
     config.data.path, config.run_dir = "tokens", "run"
     said = "compile_mode=reduce_overhead: changes nothing without compile=model or blocks"
     assert said in "\n".join(check(config))
-    config.compile = Compile.blocks
+    config.compile, config.precision = Compile.blocks, Precision.fp32
+    assert "compile_mode=reduce_overhead: needs precision=bf16" in "\n".join(check(config))
+    config.precision = Precision.bf16
     assert "compile_mode" not in "\n".join(check(config))

@@ -27,6 +27,8 @@ PAGES = {
     "JSON-LD of no shape": f'<head><script type="application/ld+json">[{{"@type": [1]}}, 3</script></head>{BODY}',
     "a class": f'<body><span class="post-author">By Cy Poe</span>{BODY}</body>',
     "a class in capitals": f'<body><div class="BBL">Di Ray</div>{BODY}</body>',
+    "a class in character references": f'<body><span class="post-&#97;uthor">By Cy Poe</span>{BODY}</body>',
+    "a class with a zero in it": f'<body><span class="post-au\0thor">By Cy Poe</span>{BODY}</body>',
     "an element": f"<body><AUTHOR>Ed Fox</AUTHOR>{BODY}</body>",
     "in the comments": f'<body><div class="comments"><b class="author">Flo Gee</b></div>{BODY}</body>',
     "no author's class": f'<body><span class="name">Gil Ham</span>{BODY}</body>',
@@ -63,6 +65,7 @@ def test_what_some_of_them_say() -> None:
     assert ours(PAGES["JSON-LD"], "", "2025-01-01") == ("Of doors", "Bo Ek", "2022-01-02")
     assert ours(PAGES["a class in capitals"], "", "").author == "Di Ray"
     assert ours(PAGES["an element"], "", "").author == "Ed Fox"
+    assert ours(PAGES["a class in character references"], "", "").author == "Cy Poe"
     assert ours(PAGES["nothing"], URL, "") == ("", "", "2024-05-17")
     assert ours(PAGES["a later date"], "", "2025-01-01").date == ""
 

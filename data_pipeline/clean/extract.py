@@ -33,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +106,9 @@ class Extractor:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        self.close()  # of a thread that has ended
 
     @property
     def pid(self) -> int | None:
@@ -200,6 +204,9 @@ class Extractor:
                 if code >= 0 or tries_left == 0 or isinstance(e, TimeoutError):
                     message = f"the extracting process did not start ({e}, {_how_it_ended(code)}): {last_lines}"
                     raise ExtractorError(message) from None
+            except BaseException:  # broken off: the first page must not get the answer to the start
+                self.close()
+                raise
 
     def _start_once(self) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
@@ -212,7 +219,7 @@ class Extractor:
             stderr=self._stderr,
             bufsize=0,
             env=environment,
-            cwd=Path(__file__).parents[1],  # so that `-m` finds this package, and no file of the user's folder
+            cwd=Path(__file__).parents[1],  # where `-m` finds no file of the user's
         )
         assert self._child.stdin is not None
         assert self._child.stdout is not None
@@ -262,6 +269,7 @@ class Extractor:
 
 
 _kept = threading.local()
+_all_kept: weakref.WeakSet[Extractor] = weakref.WeakSet()
 
 
 def extractor_of_thread(config: ExtractConfig, languages: Sequence[str] = ()) -> Extractor:
@@ -273,10 +281,15 @@ def extractor_of_thread(config: ExtractConfig, languages: Sequence[str] = ()) ->
     if kept is None or (kept.config, kept.languages) != (config, list(languages)):
         if kept is not None:
             kept.close()
-            atexit.unregister(kept.close)
         kept = _kept.extractor = Extractor(dataclasses.replace(config), languages=languages)
-        atexit.register(kept.close)
+        _all_kept.add(kept)
     return kept
+
+
+@atexit.register
+def _close_kept() -> None:
+    for extractor in list(_all_kept):
+        extractor.close()
 
 
 def _how_it_ended(code: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.config import TrainConfig, micro_batch
+from gpt2train.config import Compile, TrainConfig, micro_batch
 from gpt2train.distributed import World
 from gpt2train.evaluation import measure, sources, tasks
 from gpt2train.evaluation.likelihood import plain_forward
@@ -62,9 +62,10 @@ class TasksDuringTraining:
         found: dict[str, float] = {}
         was_training = engine.training
         engine.eval()
-        eagerly = torch.compiler.set_stance("force_eager") if self._config.compile else contextlib.nullcontext()
+        compiled = self._config.compile is not Compile.none
+        eagerly = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         try:
-            with eagerly:
+            with eagerly, engine.module.attention_of_any_device():
                 for prepared in self._prepared:
                     scores = measure.measure(prepared, subject, self._tokenizer, world=self._world)
                     task = prepared.task

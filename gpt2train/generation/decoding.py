@@ -47,10 +47,10 @@ class Decoding:
             ...
             rows.finish(row)        # where no more of it is wanted
 
-    Every prompt has at least one id. `reasons[row]` tells how an ended row ended. The same seed gives the same tokens,
-    by numbers that the row's own generator draws on the CPU; ids that are no token (padding, or a vocabulary larger
-    than GPT-2's) have probability 0. `<|endoftext|>` ends a row and is not given. `at_once`: tokens are chosen for all
-    rows together on the model's device, where the sampling can be; None: on any but a CPU.
+    Every prompt has at least one id. `reasons[row]` tells how an ended row ended. The same seed gives the same tokens
+    on the same device, by numbers that the row's own generator draws on the CPU; ids that are no token (padding, or a
+    vocabulary larger than GPT-2's) have probability 0. `<|endoftext|>` ends a row and is not given. `at_once`: tokens
+    are chosen for all rows together on the model's device, where the sampling can be; None: on any but a CPU.
     """
 
     def __init__(
