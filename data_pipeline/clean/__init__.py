@@ -5,6 +5,7 @@ The rooms:
     extract        HTML → text, in a process that can be killed
     html_text      one page's bytes → clean text: what extract's process runs
     main_content   a parsed page → its main text, where resiliparse's is as good as trafilatura's
+    metadata       a parsed page → its title, author and date, by trafilatura's functions for these alone
     first_look     which pages are surely in another language, before extraction
     language       which language a text is in
     quality        rules of Gopher, C4, FineWeb and OpenWebText → kept, or dropped with a reason
