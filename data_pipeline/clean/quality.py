@@ -268,10 +268,7 @@ def _repetition(text: str, words: Sequence[str], config: QualityConfig) -> Numbe
     places, grams = np.arange(len(words)), word_ids
     for n in range(2, 11):
         count = len(words) - n + 1
-        most, at = (
-            1,
-            0,
-        )  # the most frequent n-gram, and where it first stands; of equally frequent ones the first counts
+        most, at = 1, 0  # times and first place of the most frequent n-gram; of equally frequent ones the first
         if count > 0:
             places, grams = places[places < count], grams[: np.searchsorted(places, count)]
             # An n-gram is an (n-1)-gram and a word: numbered exactly, without hashing.
