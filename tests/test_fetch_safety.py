@@ -237,7 +237,7 @@ def test_hostile_bodies_and_headers_end_typed_and_in_time(tmp_path: Path, site: 
     )
     begin = time.monotonic()
     results = {urls[u]: r for u, r in run.run().items()}
-    assert time.monotonic() - begin < 8
+    assert time.monotonic() - begin < 20  # measured: 3; one server is silent for a minute
     expected: dict[str, tuple[str, str | None]] = {p: ("failed", reason) for p, (_, reason) in cases.items()}
     expected |= {"/bomb-redirect": ("kept", None), "/after-bomb": ("kept", None)}
     assert {p: outcome(r) for p, r in results.items()} == expected

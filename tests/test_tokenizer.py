@@ -145,21 +145,15 @@ def test_cutting_at_white_space_changes_no_id(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "\n", "!", "1", "é", "ab", "中"])
-def test_long_runs_take_linear_time(unit: str) -> None:
-    """tiktoken's merging used to be quadratic in the length of a piece: 40 times the text took 1,600 times as long."""
+def test_a_long_run_takes_no_quadratic_time(unit: str) -> None:
+    """A million characters take 0.01 to 0.3 s of a processor; tiktoken 0.5.2, still quadratic, took 3 s for a tenth.
 
-    def seconds(characters: int) -> float:
-        text = unit * (characters // len(unit))
-        best = float("inf")
-        for _ in range(2):
-            began = time.perf_counter()
-            load().encode(text)
-            best = min(best, time.perf_counter() - began)
-        return best
-
-    seconds(25_000)
-    # Linear, with an allowance for caches, a logarithm and a busy machine.
-    assert seconds(1_000_000) < 400 * max(seconds(25_000), 0.0005)
+    Not the ratio of two sizes: that also measures how much of the larger one the caches hold while others work.
+    """
+    encoder, text = load(), unit * (1_000_000 // len(unit))
+    began = time.process_time()
+    encoder.encode(text)
+    assert time.process_time() - began < 10
 
 
 def test_it_loads_without_network_or_cache(tmp_path: Path) -> None:
