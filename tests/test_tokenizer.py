@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import SHARED
+from tiktoken_ext import openai_public
 
 from data_pipeline import tokenizer
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer, TokenizerError, load
@@ -200,9 +202,26 @@ def test_sha256_is_what_sha256sum_prints() -> None:
     assert again.decode().split()[0] == load().sha256
 
 
-def test_the_pattern_is_tiktokens() -> None:
-    from tiktoken_ext import openai_public
+@pytest.fixture(scope="module")
+def tiktokens_own() -> tiktoken.Encoding:
+    """The same files, cut by the pattern that tiktoken itself has for GPT-2."""
+    ranks = load().encoding._mergeable_ranks
+    end = {"<|endoftext|>": END_OF_TEXT}
+    return tiktoken.Encoding("own", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=end)
 
-    pinned = {path.name: path for path in load().files().values()}
-    assert set(pinned) == set(tokenizer.FILES)
-    assert openai_public.r50k_pat_str == tokenizer.PATTERN
+
+def test_every_character_is_cut_as_tiktokens_own_pattern_cuts_it(tiktokens_own: tiktoken.Encoding) -> None:
+    # Planes 4 to 13 hold no character yet, 15 and 16 none but private ones.
+    for first in (*range(0, 0x40000, 4_096), 0xE0000, 0xF0000, 0x10F000):
+        characters = [chr(c) for c in range(first, first + 4_096) if not 0xD800 <= c < 0xE000]
+        text = "".join(f"a{c} {c}1{c}'s\n{c}  {c}" for c in characters)
+        assert np.array_equal(load().encode(text), tiktokens_own.encode_to_numpy(text)), hex(first)
+
+
+def test_any_order_is_cut_as_tiktokens_own_pattern_cuts_it(tiktokens_own: tiktoken.Encoding) -> None:
+    rng = np.random.default_rng(0)
+    parts = [*" \n\t\r\x85\xa0\u3000\u2028\x1c\x1f'sdmtlvreS019.,!é中½Ⅷ٣’\0", "\u0301", "\ufeff", "\u200b", "😀"]
+    parts += ["'ll", "'ve", " 's", "'re ", "  ", "\n\n", "word", " word"]
+    for _ in range(20_000):
+        text = "".join(rng.choice(parts, rng.integers(1, 24)))
+        assert load().encode(text).tolist() == tiktokens_own.encode_ordinary(text), repr(text)
