@@ -36,7 +36,7 @@ def write_books(books: Path, folder: Path) -> dict[str, int]:
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": END_OF_TEXT},
     )
-    identity = hashlib.sha256(b"".join(sorted(ranks, key=lambda piece: ranks[piece]))).hexdigest()
+    identity = hashlib.sha256(b"".join(ranks)).hexdigest()
     pieces = [(book.stem, piece) for book in sorted(books.glob("*.txt")) for piece in _pieces(book)]
     order = np.random.default_rng(0).permutation(len(pieces))
     folder.mkdir(parents=True)

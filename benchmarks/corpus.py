@@ -138,14 +138,14 @@ def extraction(pages: Sequence[bytes], gold: Sequence[str], job: str) -> list[di
         return trafilatura.extract(page, include_comments=False) or ""
 
     ways = {"this project": ours, f"trafilatura {trafilatura.__version__} default": default}
-    seconds, scores = Counter[str](), Counter[str]()
+    seconds, scores = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for way in ways.values():
         way(pages[0])
     for page, truth in zip(pages, gold, strict=True):
         for name, way in ways.items():
             spent, text = cpu_s(lambda way=way, page=page: way(page))  # type: ignore[misc]
             seconds[name] += spent
-            scores[name] += f1(text, truth)  # type: ignore[assignment]
+            scores[name] += f1(text, truth)
     n = len(pages)
     return [
         {"job": job, "what": name, "per_cpu_s": n / seconds[name], "f1": round(scores[name] / n, 4)} for name in ways
@@ -314,13 +314,13 @@ def tokenizing(texts: Sequence[str]) -> list[dict[str, Any]]:
             took["written"].append(cpu_s(lambda: write_shards(documents))[0])
     rates = {name: megabytes / statistics.median(seconds) for name, seconds in took.items()}
     rows = [{"job": "tokenize (MB)", "what": name, "per_cpu_s": rates[name], "same ids": equal[name]} for name in ways]
-    for job, what, way in (
+    for job, what, which in (
         ("tokenize, write (MB)", "not written", peer),
         ("tokenize a file (MB)", "read, not written", "read"),
     ):
-        share = statistics.median(b / w for b, w in zip(took[way], took["written"], strict=True))  # turn by turn
-        rows.append({"job": job, "what": "this project", "per_cpu_s": share * rates[way]})
-        rows.append({"job": job, "what": f"tiktoken encode_to_numpy, {what}", "per_cpu_s": rates[way]})
+        share = statistics.median(b / w for b, w in zip(took[which], took["written"], strict=True))  # turn by turn
+        rows.append({"job": job, "what": "this project", "per_cpu_s": share * rates[which]})
+        rows.append({"job": job, "what": f"tiktoken encode_to_numpy, {what}", "per_cpu_s": rates[which]})
     return rows
 
 

@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -54,6 +54,9 @@ from gpt2train.config import (
 from gpt2train.data import BatchOrder, TokenWindows
 from gpt2train.model import GPT
 from gpt2train.optim import adamw, learning_rate, set_learning_rate
+
+if TYPE_CHECKING:
+    from data_pipeline.token_shards import TokenSplit
 
 MICRO = {"small": 32, "medium": 16, "large": 8, "full": 8}
 """Sequences of a forward pass to begin with; halved while the memory does not take it."""
@@ -141,9 +144,9 @@ def kernels(work: dict[str, Any]) -> dict[str, Any]:
                 # Made once for all layers of a pass, and so not timed.
                 plain = document_mask(rows) if within else None
                 mask = flexible.block_mask(rows, within) if kernel is AttentionKernel.flex else plain
-                way = functools.partial(attend, mask)
-                difference = (way().float() - right).abs().max().item()
-                found[f"attention {name}"] = {"ms": 1e3 * timed(way, device, 10), "difference": difference}
+                attention = functools.partial(attend, mask)
+                difference = (attention().float() - right).abs().max().item()
+                found[f"attention {name}"] = {"ms": 1e3 * timed(attention, device, 10), "difference": difference}
     x = torch.randn(B * T, C, device=device, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(V, C, device=device) * 0.02).to(torch.bfloat16).requires_grad_()
     targets = torch.randint(0, 50_257, (B * T,), device=device)
@@ -272,7 +275,7 @@ def random_tokens() -> RandomTokens:
 
 
 def batches(config: TrainConfig, device: torch.device, batch: int, micro: int, accumulate: int) -> list[torch.Tensor]:
-    windows = TokenWindows(random_tokens(), config.model.context)
+    windows = TokenWindows(cast("TokenSplit", random_tokens()), config.model.context)
     order = BatchOrder(config.seed, len(windows), micro * accumulate)
     indices = order.indices(batch)
     rows = [torch.from_numpy(windows.read(indices[i : i + micro])) for i in range(0, len(indices), micro)]

@@ -37,7 +37,8 @@ class English(BaseFilter):
 
     def __init__(self, least: float) -> None:
         super().__init__()
-        self.least, self._identifier = least, None
+        self.least = least
+        self._identifier: LanguageIdentifier | None = None  # made in the worker: it does not travel
 
     def filter(self, doc: Document) -> bool:
         if self._identifier is None:
