@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 from data_pipeline.clean.contamination import (
+    ContaminationIndex,
     EvaluationSet,
     build_index,
     ngram_hashes,
@@ -20,6 +22,8 @@ from data_pipeline.clean.contamination import (
     read_evaluation_set,
     scan_shard,
 )
+from data_pipeline.clean.ngrams import hash_ngrams
+from data_pipeline.clean.spans import ALPHANUMERIC, cut_spans
 from data_pipeline.config import DecontaminateConfig
 from data_pipeline.records import VERDICT_SCHEMA, InputError
 
@@ -166,3 +170,72 @@ def test_unusable_sets_are_named(tmp_path: Path, name: str, content: bytes | Non
     with pytest.raises(InputError, match=message) as caught:
         read_evaluation_set(tmp_path / name)
     assert caught.value.exit_code == 2
+
+
+def cut_again_and_again(text: str, index: ContaminationIndex, n: int) -> tuple[str, int, int]:
+    """`cut_spans` by its definition: the whole text is looked through after each round of cuts; and their number."""
+    total = rounds = 0
+    while True:
+        words: list[tuple[str, int, int]] = []
+        for match in ALPHANUMERIC.finditer(text):
+            words += [(part, *match.span()) for part in ALPHANUMERIC.findall(match[0].lower())]
+        starts = index.drop.places(hash_ngrams(" ".join(word for word, _, _ in words), n)).tolist()
+        if not starts:
+            return text, total, rounds
+        spans: list[list[int]] = []
+        for first in starts:
+            begin, end = words[first][1], words[first + n - 1][2]
+            if spans and begin <= spans[-1][1]:
+                spans[-1][1] = end
+            else:
+                spans.append([begin, end])
+        total, rounds = total + len(spans), rounds + 1
+        for begin, end in reversed(spans):
+            before, after = text[:begin].rstrip(" \t"), text[end:].lstrip(" \t.,;:!?'\"”’)")
+            parted = not before or not after or before.endswith("\n") or after.startswith("\n")
+            text = before + ("" if parted else " ") + after
+        text = text.strip()
+
+
+def test_spans_are_cut_as_if_the_text_was_looked_through_again_and_again() -> None:
+    r = random.Random(5)
+    words = ["a", "b", "İx", "ßİİ", "foo_bar", "c-d", "x\u0301", "I", "Σς"]
+    gaps = [" ", "\n", "  ", ". ", "_", "—", "\t", " \n ", "\u00a0", ".\u00a0. ", "” "]
+
+    def mixed(count: int, vocabulary: int) -> str:
+        some = words[:vocabulary]
+        return "".join(r.choice(some) + r.choice(gaps) for _ in range(count))
+
+    several = nested = 0
+    for _ in range(3000):
+        n, vocabulary = r.choice([1, 2, 3, 5]), r.choice([2, 3, 9])
+        sets = [EvaluationSet("set", tuple(mixed(r.randint(1, n + 2), vocabulary) for _ in range(r.randint(1, 3))))]
+        text = r.choice(["", *gaps]) + mixed(r.randint(0, 40), vocabulary) + r.choice(["", "”", " . "])
+        for _ in range(r.randint(0, 3)):  # an item put into itself
+            place, item = r.randint(0, len(text)), sets[0].texts[0]
+            half = len(item) // 2
+            text = text[:place] + item[:half] + r.choice(sets[0].texts) + item[half:] + text[place:]
+        index = build_index(sets, DecontaminateConfig(paths=[], remove_spans=True, drop_ngram=n))
+        *expected, rounds = cut_again_and_again(text, index, n)
+        assert list(cut_spans(text, index.drop.places, n)) == expected, (text, sets)
+        several += expected[1] > 1
+        nested += rounds > 1
+    assert several > 500
+    assert nested > 200
+
+
+def test_a_page_of_nested_items_costs_no_more_than_its_length() -> None:
+    """An item of 13 words halved around itself 8,000 times over, 700 kB: with a look at the whole page for each, an
+    hour. Here it takes a second."""
+    item = [f"w{i}x" for i in range(13)]
+    index = build_index(
+        [EvaluationSet("set", (" ".join(item),))], DecontaminateConfig(paths=[], remove_spans=True, drop_ngram=13)
+    )
+    depth = 8_000
+    text = "— " + (" ".join(item[:6]) + " — ") * depth + (" ".join(item[6:]) + " — ") * depth + "the rest of it"
+    began = time.process_time()
+    rest, spans = cut_spans(text, index.drop.places, 13)
+    assert time.process_time() - began < 60
+    assert spans == depth
+    assert rest.endswith("the rest of it")
+    assert "w0x" not in rest

@@ -15,4 +15,5 @@ The rooms:
     personal       e-mail, IP and telephone numbers in texts → examples that belong to nobody
     ngrams         words → 64-bit hashes of n-grams, by a fixed, versioned function
     contamination  n-grams of evaluation sets in the corpus
+    spans          known n-grams → cut out of a text, in linear time
 """

@@ -14,7 +14,6 @@ Cost: 30 MB of text a second.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_pipeline.clean.ngrams import hash_ngrams
+from data_pipeline.clean.spans import ALPHANUMERIC, cut_spans
 from data_pipeline.config import DecontaminateConfig
 from data_pipeline.records import DROPPED, InputError, Verdict, verdict_table
-
-_ALPHANUMERIC = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +68,7 @@ class ContaminationIndex:
 
 def normalize(text: str) -> str:
     """Lower-cased alphanumeric words, single spaces."""
-    return " ".join(_ALPHANUMERIC.findall(text.lower()))
+    return " ".join(ALPHANUMERIC.findall(text.lower()))
 
 
 def ngram_hashes(text: str, n: int) -> np.ndarray:
@@ -159,7 +157,7 @@ def scan_shard(
         normalized = normalize(text)
         cut = 0
         if config.remove_spans:
-            shorter, cut = remove_spans(text, index.drop, config.drop_ngram)
+            shorter, cut = cut_spans(text, index.drop.places, config.drop_ngram)
             if cut and not shorter:
                 verdicts.append(
                     Verdict(row, url, DROPPED, "contaminated", "nothing else in it", {"removed_spans": cut})
@@ -183,37 +181,6 @@ def scan_shard(
         found.append(seen)
         verdicts.append(Verdict(row, url, numbers=numbers))
     return verdict_table(verdicts), np.unique(np.concatenate(found)), changed
-
-
-def remove_spans(text: str, finder: NgramFinder, n: int) -> tuple[str, int]:
-    """`text` without the n-grams that `finder` knows, and how many separate spans that were.
-
-    A span goes from the first letter of its first word to the last of its last, across case and punctuation; what is
-    left on its sides is joined by a single space, or by a line break where the span was a whole line. Repeated until
-    nothing is found: what comes to stand side by side may be an n-gram, too.
-    """
-    total = 0
-    while True:
-        words: list[tuple[str, int, int]] = []
-        for match in _ALPHANUMERIC.finditer(text):
-            # Lower-casing may part a word (İ becomes i and a combining dot), as it does in `normalize`.
-            words += [(part, match.start(), match.end()) for part in _ALPHANUMERIC.findall(match[0].lower())]
-        starts = finder.places(hash_ngrams(" ".join(word for word, _, _ in words), n)).tolist()
-        if not starts:
-            return text, total
-        spans: list[list[int]] = []
-        for first in starts:
-            begin, end = words[first][1], words[first + n - 1][2]
-            if spans and begin <= spans[-1][1]:
-                spans[-1][1] = end
-            else:
-                spans.append([begin, end])
-        total += len(spans)
-        for begin, end in reversed(spans):
-            before, after = text[:begin].rstrip(" \t"), text[end:].lstrip(" \t.,;:!?'\"”’)")
-            parted = not before or not after or before.endswith("\n") or after.startswith("\n")
-            text = before + ("" if parted else " ") + after
-        text = text.strip()
 
 
 def overlap_report(index: ContaminationIndex, found: Iterable[np.ndarray]) -> list[dict[str, str | int | float]]:

@@ -78,7 +78,11 @@ def _chunk_powers(base: int, places: np.ndarray) -> np.ndarray:
 
 def hash_ngrams(normalized: str, n: int) -> np.ndarray:
     """uint64[max(0, words - n + 1)]: the hash of each run of `n` words, in their order."""
-    words = hash_words(normalized)
+    return hash_runs(hash_words(normalized), n)
+
+
+def hash_runs(words: np.ndarray, n: int) -> np.ndarray:
+    """`hash_ngrams` of a text by its words' hashes (uint64[words], `hash_words`)."""
     count = len(words) - n + 1
     if count <= 0:
         return np.empty(0, np.uint64)
