@@ -192,4 +192,6 @@ def check(config: CorpusConfig) -> list[str]:
         "must be at least 1024",
         "leave it out",
     )
+    seed = c.tokenize.seed
+    require(-(2**63) <= seed < 2**63, "tokenize.seed", seed, "must lie in [-2⁶³, 2⁶³)", "give 0")
     return faults

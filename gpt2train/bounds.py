@@ -51,6 +51,7 @@ def check(config: TrainConfig, *, world_size: int = 1) -> list[str]:
     require(bool(c.data.path), "data", "''", "must name a folder of token shards", "give data=corpus/tokens")
     require(bool(c.run_dir), "run_dir", "''", "must name the run's folder", "give run_dir=runs/NAME")
     require(c.steps > 0, "steps", c.steps, "must be above 0", "give steps=1000")
+    require(-(2**63) <= c.seed < 2**63, "seed", c.seed, "must lie in [-2⁶³, 2⁶³)", "give seed=1337")
     for name in ("layers", "channels", "heads", "context", "vocabulary", "pad_vocabulary_to"):
         require(getattr(m, name) > 0, f"model.{name}", getattr(m, name), "must be above 0", "choose model=small")
     if m.heads > 0:

@@ -43,9 +43,14 @@ def find(corpus: Corpus, url: str) -> list[dict[str, Any]]:
 
 
 def why(config: WhyConfig) -> int:
-    """Print each row of the URL; return 0 when it is known, 1 when it is not."""
+    """Print each row of the URL; return 0 when it is known, 1 when it is not. Raises ConfigError for what is no URL."""
     if not config.url:
         raise ConfigError(["url='': must name a URL; give `gpt2train why URL corpus=corpus/`"])
+    try:
+        config.url.encode()
+    except UnicodeEncodeError:  # bytes of the command line come as surrogates
+        fault = f"url={config.url!a}: is not UTF-8; give it percent-encoded, as the ledger has it"
+        raise ConfigError([fault]) from None
     corpus = Corpus(reading("corpus", config.corpus, FOR_WHY))
     if not corpus.folder("ledger").is_dir():
         raise InputError(f"corpus={config.corpus}: holds no ledger; run `gpt2train corpus` first")

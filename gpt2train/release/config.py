@@ -151,6 +151,8 @@ def check_detect(config: DetectConfig) -> list[str]:
         faults.append(f"html={config.html}: shows the texts in question; give text= or texts= instead of pairs=")
     if config.folds < 2:
         faults.append(f"folds={config.folds}: must be at least 2; give folds=5")
+    if config.seed < 0:
+        faults.append(f"seed={config.seed}: must be at least 0; give seed=0")
     return faults
 
 
