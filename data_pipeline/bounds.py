@@ -23,6 +23,10 @@ from data_pipeline.config import (
 )
 from data_pipeline.storage.address import address_fault, is_address, shown
 
+MOST_SHARDS = 10_000
+"""Each shard has some 25 files and a dozen tasks, whether or not it has a row: so many take an hour by themselves. Of
+5,000 rows each they hold 50 million, which is more than WebText's 45 million links."""
+
 
 def check(config: CorpusConfig) -> list[str]:
     """All faults of `config`, one line each: field=value: bound; remedy. Empty when it can run."""
@@ -69,7 +73,8 @@ def check(config: CorpusConfig) -> list[str]:
         require(c.ray.retries >= 0, "ray.retries", c.ray.retries, "must be 0 or more", "give 3")
         timeout = c.ray.node_timeout_s
         require(timeout > 0, "ray.node_timeout_s", timeout, "must be above 0 s", "give 300")
-    require(c.shards >= 0, "shards", c.shards, "must be 0 (automatic) or more", "leave it out")
+    bound = f"must lie in [0, {MOST_SHARDS:,}], where 0 is automatic"
+    require(0 <= c.shards <= MOST_SHARDS, "shards", c.shards, bound, "leave it out")
     for reason in c.retry:
         require(
             reason in FETCH_REASONS or re.fullmatch(r"(http_)?[1-5]\d\d", reason) is not None,

@@ -334,7 +334,8 @@ class CorpusConfig:
     workers: int = 0
     """Worker processes; 0: one per core (executor=ray: as many as the cluster has room for)."""
     shards: int = 0
-    """Shards that the work is cut into; 0: one per 5,000 rows, at least 8. It is part of the result's order."""
+    """Shards that the work is cut into, at most 10,000; 0: one per 5,000 rows, at least 8. It is part of the result's
+    order."""
     progress: bool = True
     """Progress bars with a rate and a time to go, on standard error."""
     url_list: UrlListConfig = field(default_factory=UrlListConfig)

@@ -139,6 +139,7 @@ class Entrance:
             return []
         files = _warc_files("fetch.rescue", Path(self.config.fetch.rescue))
         parts, steps, index = self._warc_index(files, self.corpus.folder("rescue"), heed=False)
+        _forget_files(self.corpus.folder("rescue"), len(files))
         self.steps.run("rescue", steps, index, quiet=True)
         outputs = [self.corpus.table("rescue", k) for k in range(self.steps.shards)]
         pages = [page for page, _ in parts]
@@ -153,6 +154,7 @@ class Entrance:
         corpus, folder = self.corpus, self.corpus.folder("fetch")
         parts, steps, index = self._warc_index(files, folder, heed=self.config.fetch.respect_noai)
         if run_fetch:
+            _forget_files(folder, len(files))
             self.steps.run("index", steps, index)
         self.steps.require("extract", [p for part in parts for p in part], "fetch")
         self.steps.cut_into(self._shard_count(lambda: sum(rows_of(v) for _, v in parts)))
@@ -332,6 +334,14 @@ def _fixed_shards(corpus: Path) -> int | None:
         read_json(path, "restore it from a copy, or begin a new corpus")
         raise CorruptionError(f"{path}: is damaged (no number in it); restore it from a copy, or begin a new corpus")
     return None
+
+
+def _forget_files(folder: Path, files: int) -> None:
+    """Remove the index of WARC files that are no more: of so many there are `files` now."""
+    for path in folder.glob("file_*.*"):
+        number = path.name.removeprefix("file_").split(".")[0]
+        if number.isdecimal() and int(number) >= files:
+            path.unlink()
 
 
 def _warc_files(setting: str, root: Path) -> list[Path]:

@@ -190,6 +190,9 @@ class Stages:
         )
         if c.plant:
             self._measure_dedup(signed, entering, signatures)
+        else:  # what an earlier run measured
+            for path in [*corpus.folder("dedup").glob("[0-9]*.planted.*"), *corpus.folder("dedup").glob("planting.*")]:
+                path.unlink()
 
     def _links_step(self, part: int, settings: Mapping[str, Any], inputs: tuple[Path, ...]) -> Step:
         file = self.corpus.links(part)

@@ -27,7 +27,10 @@ import pyarrow.parquet as pq
 from data_pipeline.records import CorruptionError, LockedError, StorageError
 
 # Errors of the machine, not of the program: the run ends with StorageError and goes on once they are mended.
-_MACHINE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+_MACHINE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG),
+    errno.ENOMEM,  # of a file to be mapped
+}
 
 
 @contextmanager
@@ -150,10 +153,9 @@ def lock(folder: Path, name: str = ".lock", wait_s: float = 0.0) -> Iterator[Non
             f.seek(0)
             owner = f.read().strip() or "another process"
             raise LockedError(f"out={folder}: in use by {owner}; wait for it, or give another folder")
-        f.seek(0)
-        f.truncate()
-        f.write(f"process {os.getpid()} on {socket.gethostname()}")
-        f.flush()
+        with storage_errors(path):  # not through `f`, which would try again what it could not write when it is closed
+            os.ftruncate(f.fileno(), 0)
+            os.pwrite(f.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         yield
     finally:
         f.close()

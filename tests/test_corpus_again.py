@@ -16,7 +16,7 @@ from typing import Any
 import corpora
 import pyarrow.parquet as pq
 import pytest
-from corpora import write_texts
+from corpora import files_of, warc_pages, write_texts
 from inline import inline, work_inline  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline import stages, tasks
@@ -83,6 +83,33 @@ def test_fewer_shards_leave_nothing_of_the_higher_ones(config: CorpusConfig, tmp
     build_corpus(replace(config, path=str(tmp_path / "other.jsonl"), shards=1, out=str(fresh)))
     for folder in ("extract", "filter", "dedup", "decontaminate", "documents", "tokenize", "ledger"):
         assert sorted(p.name for p in (out / folder).iterdir()) == sorted(p.name for p in (fresh / folder).iterdir())
+
+
+def test_what_is_no_longer_measured_leaves_no_file(config: CorpusConfig, tmp_path: Path) -> None:
+    build_corpus(replace(config, dedup=DedupConfig(plant=4)))
+    assert list((tmp_path / "out/dedup").glob("*planted*"))
+    build_corpus(config)
+    build_corpus(replace(config, out=str(tmp_path / "fresh")))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_a_warc_file_that_was_taken_out_leaves_no_file(config: CorpusConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "warcs"
+    folder.mkdir()
+    for name, texts in (("a.warc.gz", PROSE[:3]), ("b.warc.gz", PROSE[3:])):
+        warc_pages(folder / name, {f"https://{name}.test/{i}": text for i, text in enumerate(texts)})
+    config = replace(config, source=Source.warc, path=str(folder))
+    build_corpus(config)
+    (folder / "b.warc.gz").unlink()
+    build_corpus(config)
+    build_corpus(replace(config, out=str(tmp_path / "fresh")))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_so_many_shards_are_refused() -> None:
+    assert check(CorpusConfig(urls="x", shards=10_000)) == []
+    (fault,) = check(CorpusConfig(urls="x", shards=100_000))
+    assert fault == "shards=100000: must lie in [0, 10,000], where 0 is automatic; leave it out"
 
 
 # ── nothing kept ────────────────────────────────────────────────────────────────────────────────────────────────────

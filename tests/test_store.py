@@ -21,6 +21,7 @@ from data_pipeline.store import (
     mark_done,
     prune,
     remove_temporaries,
+    storage_errors,
     why_not_done,
     write_atomic,
     write_table,
@@ -158,6 +159,23 @@ def test_a_second_run_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path: Pa
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     second()
+
+
+def test_a_disk_that_is_full_at_the_very_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(StorageError, match=r"\.lock: No space left on device"), lock(tmp_path):
+        pass
+    monkeypatch.undo()
+    with lock(tmp_path):
+        assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_memory_that_a_file_cannot_be_mapped_into_is_the_machines() -> None:
+    with pytest.raises(StorageError, match="Cannot allocate memory"), storage_errors(Path("tokens")):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
 
 def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
