@@ -23,7 +23,15 @@ from data_pipeline.layout import Corpus
 from data_pipeline.lists import read_list
 from data_pipeline.records import CorruptionError, InputError
 from data_pipeline.steps import Steps, plain, rows_of
-from data_pipeline.store import Step, read_json, read_marker, recorded_outputs, why_not_done, write_json
+from data_pipeline.store import (
+    Step,
+    read_json,
+    read_marker,
+    read_signed,
+    recorded_outputs,
+    why_not_done,
+    write_signed,
+)
 
 ROWS_PER_SHARD = 5_000
 LEAST_SHARDS = 8
@@ -253,10 +261,12 @@ class Entrance:
 
     def _keep_shards(self, shards: int) -> None:
         path = self.out / "shards.json"
+        if read_signed(path) == {"shards": shards}:
+            return
         with contextlib.suppress(FileNotFoundError, CorruptionError):
-            if read_json(path, "") == {"shards": shards}:
-                return
-        write_json({"shards": shards}, path)
+            if (before := read_json(path, "").get("shards")) != shards:
+                self.steps.reporter.say(f"{path}: said {before}, the markers know {shards}: mended")
+        write_signed({"shards": shards}, path)
 
 
 def check_inputs(config: CorpusConfig, stages: Sequence[str], known: Sequence[str] = ()) -> None:
@@ -325,15 +335,22 @@ def _fixed_shards(corpus: Path) -> int | None:
     Raises CorruptionError for a damaged file when no marker is left either.
     """
     path = corpus / "shards.json"
-    for marker in (path, corpus / "urls" / "all.done.json", corpus / "fetch" / "all.done.json"):
-        with contextlib.suppress(FileNotFoundError, CorruptionError):
-            found = read_json(marker, "")
-            if shards := found.get("shards") or found.get("settings", {}).get("shards"):
-                return int(shards)
-    if path.exists():
-        read_json(path, "restore it from a copy, or begin a new corpus")
-        raise CorruptionError(f"{path}: is damaged (no number in it); restore it from a copy, or begin a new corpus")
-    return None
+    for marker in (corpus / "urls" / "all.done.json", corpus / "fetch" / "all.done.json"):
+        if shards := (read_signed(marker) or {}).get("settings", {}).get("shards"):
+            return int(shards)
+    if (found := read_signed(path)) is None:
+        remedy = "restore it from a copy, or begin a new corpus"
+        with contextlib.suppress(FileNotFoundError):
+            found = read_json(path, remedy)
+            if set(found) != {"shards"}:  # as the version before wrote it, without a hash
+                raise CorruptionError(f"{path}: is damaged (its sha256 does not fit); {remedy}")
+    return None if found is None else _number(found.get("shards"), path)
+
+
+def _number(shards: object, path: Path) -> int:
+    if isinstance(shards, int) and shards > 0:
+        return shards
+    raise CorruptionError(f"{path}: is damaged (no number in it); restore it from a copy, or begin a new corpus")
 
 
 def _forget_files(folder: Path, files: int) -> None:

@@ -203,18 +203,28 @@ class Hashes:
 
 def read_marker(step: Step) -> dict[str, Any] | None:
     """The step's marker; None when there is none, or it is not what was written."""
+    return read_signed(step.marker)
+
+
+def read_signed(path: Path) -> dict[str, Any] | None:
+    """What `write_signed` wrote to `path`; None when there is no such file, or it is not what was written."""
     try:
-        marker = json.loads(step.marker.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    if not isinstance(marker, dict):
+    if not isinstance(found, dict):
         return None
-    return marker if marker.pop("sha256", None) == _sha256_of(marker) else None
+    return found if found.pop("sha256", None) == _sha256_of(found) else None
 
 
-def _sha256_of(marker: Mapping[str, Any]) -> str:
-    """sha256 hex of a marker, as JSON with sorted keys: its counts are used, and nothing else would tell a flip."""
-    return hashlib.sha256(json.dumps(marker, sort_keys=True).encode()).hexdigest()
+def write_signed(value: Mapping[str, Any], path: Path) -> None:
+    """A JSON object with its own sha256: its numbers are used, and nothing else would tell a flipped digit."""
+    write_json({**value, "sha256": _sha256_of(value)}, path)
+
+
+def _sha256_of(value: Mapping[str, Any]) -> str:
+    """sha256 hex of `value` as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def why_not_done(step: Step, hashes: Hashes) -> str | None:
@@ -279,7 +289,7 @@ def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Se
         "outputs": written,
         "counts": dict(counts),
     }
-    write_json({**marker, "sha256": _sha256_of(marker)}, step.marker)
+    write_signed(marker, step.marker)
 
 
 def prune(folder: Path, shards: int) -> list[Path]:

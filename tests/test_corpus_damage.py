@@ -154,7 +154,7 @@ def test_whatever_file_is_damaged_all_bytes_come_back(
         assert files_of(out) == expected
 
 
-def test_the_number_of_shards_is_found_again(tmp_path: Path) -> None:
+def test_the_number_of_shards_is_found_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Another number would deal all URLs out anew, and fetch them anew."""
     (tmp_path / "urls.txt").write_text("".join(f"https://site{i}.example.com/{i}\n" for i in range(20)))
     config = CorpusConfig(
@@ -170,7 +170,26 @@ def test_the_number_of_shards_is_found_again(tmp_path: Path) -> None:
             file.write_bytes(damage)
         build_corpus(config)
         assert file.read_bytes() == whole
+    marker = tmp_path / "out" / "urls" / "all.done.json"
+    file.write_bytes(whole.replace(b": 3", b": 2"))  # one bit
+    build_corpus(config)
+    assert file.read_bytes() == whole
+    assert "finished before" in capfd.readouterr().err
+    file.write_text('{"shards": 2}')  # by a version that kept no hash
+    build_corpus(config)
+    assert file.read_bytes() == whole
+    assert "shards.json: said 2, the markers know 3: mended" in capfd.readouterr().err
+    marker.write_bytes(marker.read_bytes().replace(b'"shards": 3', b'"shards": 2'))
+    build_corpus(config)
+    assert "its marker is torn" in capfd.readouterr().err
+    marker.unlink()
+    file.write_text('{"shards": 3}')
+    build_corpus(config)
+    assert file.read_bytes() == whole
+    marker.unlink()
+    file.write_bytes(whole.replace(b": 3", b": 2"))
+    with pytest.raises(CorruptionError, match=r"shards\.json: is damaged \(its sha256 does not fit\); restore it"):
+        build_corpus(config)
     file.write_bytes(b"{")
-    (tmp_path / "out" / "urls" / "all.done.json").unlink()
     with pytest.raises(CorruptionError, match=r"shards\.json: is damaged .*restore it from a copy"):
         build_corpus(config)
