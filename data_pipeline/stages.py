@@ -7,6 +7,7 @@ stands in pipeline.py.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -23,8 +24,10 @@ from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
 from data_pipeline.pack import write_token_shards
+from data_pipeline.records import CorruptionError
 from data_pipeline.steps import Steps, plain, rows_of
-from data_pipeline.store import Step, stands_but_for, why_not_done
+from data_pipeline.store import Step, read_json, stands_but_for, why_not_done, would_be_the_same
+from data_pipeline.token_shards import fingerprint
 
 LEAST_PART_ROWS = 64
 """Pages that are worth a task of their own, with its files and its marker."""
@@ -302,12 +305,27 @@ class Stages:
             self.steps.on_marked(step, ())
             return
         self.steps.reporter.say(f"tokens: shuffling and packing{f' again: {why}' if why else ''}")
-        made_from = {"settings": settings, "documents": [self.steps.hashes.of(p) for p in documents]}
-        fingerprint = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        made_from = self._made_from(step, parts)
         with self.steps.reporter.stage("tokens", sum(rows_of(p) for _, p in parts)) as counter:
-            counts = write_token_shards(parts, corpus.tokens, c, fingerprint, counter.advance, corpus.tombstones)
+            counts = write_token_shards(parts, corpus.tokens, c, made_from, counter.advance, corpus.tombstones)
         if counts["files_unchanged"]:
             rewritten, stand = counts["files"] - counts["files_unchanged"], counts["files_unchanged"]
             self.steps.reporter.say(f"tokens: {rewritten:,} files written, {stand:,} stand as they were")
         del counts["files_unchanged"]  # of this run, not of the result
         self.steps.mark(step, counts, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
+
+    def _made_from(self, step: Step, parts: Sequence[tuple[Path, Path]]) -> str:
+        """sha256 hex of what the token shards are made of: settings, tokens, URLs and digests, and nothing else of the
+        documents, whose numbers may change while all of these stay.
+
+        Where the same was packed before, what its manifest says stays: the version before took the documents' files
+        for it, and runs that trained on the shards know them by their fingerprint.
+        """
+        if would_be_the_same(step, self.steps.hashes):
+            with contextlib.suppress(FileNotFoundError, CorruptionError, KeyError):
+                manifest = read_json(self.corpus.tokens / "manifest.json", "")
+                if manifest["fingerprint"] == fingerprint(manifest):
+                    return str(manifest["made_from"])
+        parted = [[self.steps.hashes.of(path) for path in part] for part in parts]
+        identity = {"settings": dict(step.settings), "parts": parted}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

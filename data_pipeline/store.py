@@ -232,6 +232,20 @@ def why_not_done(step: Step, hashes: Hashes) -> str | None:
     marker = read_marker(step)
     if marker is None:
         return "its marker is torn" if step.marker.exists() else ""
+    if changed := _what_changed(step, marker, hashes):
+        return changed
+    written = marker.get("outputs", {})
+    defects = []
+    for name, got in _hashes_of(step.outputs or recorded_outputs(step, marker), step, hashes).items():
+        if got is None:
+            defects.append(f"{name} is missing")
+        elif got != written.get(name):
+            defects.append(f"{name} is damaged (sha256 {got[:12]}…, written as {str(written.get(name))[:12]}…)")
+    return "; ".join(defects) or None
+
+
+def _what_changed(step: Step, marker: Mapping[str, Any], hashes: Hashes) -> str:
+    """Version, settings or inputs that are others than those of the marker; empty: the same result would be made."""
     if marker.get("version") != step.version:
         return f"made by version {marker.get('version')} of this stage, now {step.version}"
     before, now = marker.get("settings", {}), json.loads(json.dumps(dict(step.settings)))
@@ -243,14 +257,13 @@ def why_not_done(step: Step, hashes: Hashes) -> str | None:
         old = marker.get("inputs", {})
         changed = [k for k in sorted({*old, *inputs}) if old.get(k) != inputs.get(k)]
         return f"input changed: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}"
-    written = marker.get("outputs", {})
-    defects = []
-    for name, got in _hashes_of(step.outputs or recorded_outputs(step, marker), step, hashes).items():
-        if got is None:
-            defects.append(f"{name} is missing")
-        elif got != written.get(name):
-            defects.append(f"{name} is damaged (sha256 {got[:12]}…, written as {str(written.get(name))[:12]}…)")
-    return "; ".join(defects) or None
+    return ""
+
+
+def would_be_the_same(step: Step, hashes: Hashes) -> bool:
+    """Whether the step was done before with these settings and inputs, whatever became of its outputs since."""
+    marker = read_marker(step)
+    return marker is not None and not _what_changed(step, marker, hashes)
 
 
 def stands_but_for(step: Step, setting: str, hashes: Hashes) -> bool:

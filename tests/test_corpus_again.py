@@ -19,7 +19,7 @@ import pytest
 from corpora import files_of, warc_pages, write_texts
 from inline import inline, work_inline  # noqa: F401 (a fixture that every test here uses)
 
-from data_pipeline import stages, tasks
+from data_pipeline import stages, tasks, token_shards
 from data_pipeline.account.ledger import why_nothing_is_left
 from data_pipeline.account.report import write_corpus_report
 from data_pipeline.account.why import WhyConfig, why
@@ -40,6 +40,7 @@ from data_pipeline.executors import stopped_by_sigterm
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.pipeline import build_corpus
 from data_pipeline.records import CorruptionError, InputError, StoppedError
+from data_pipeline.store import read_signed, sha256_file, write_signed
 
 PROSE = corpora.PROSE[:6]
 pytestmark = pytest.mark.usefixtures("inline")
@@ -386,6 +387,37 @@ def test_the_handler_from_before_comes_back(config: CorpusConfig) -> None:
     thread.start()
     thread.join()
     assert sorted(texts_of(Path(config.out))) == sorted(PROSE)
+
+
+# ── the token shards' manifest ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_manifest_tells_nothing_of_what_was_tried_before(config: CorpusConfig, tmp_path: Path) -> None:
+    build_corpus(replace(config, quality=QualityConfig(c4_min_sentences=1)))  # drops none, but counts sentences
+    build_corpus(config)
+    build_corpus(replace(config, out=str(tmp_path / "fresh")))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
+
+
+def test_shards_that_are_packed_again_keep_the_fingerprint_of_the_version_before(config: CorpusConfig) -> None:
+    build_corpus(config)
+    tokens, marker = Path(config.out, "tokens"), Path(config.out, "tokenize/tokens.done.json")
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    manifest["made_from"] = "of the documents' files"
+    manifest["fingerprint"] = token_shards.fingerprint(manifest)
+    (tokens / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    done = read_signed(marker)
+    assert done
+    done["outputs"]["tokens/manifest.json"] = sha256_file(tokens / "manifest.json")
+    write_signed(done, marker)
+    before = files_of(tokens)
+    build_corpus(config)
+    assert files_of(tokens) == before
+    (tokens / "train_00000.bin").write_bytes(b"damaged")
+    build_corpus(config)
+    assert files_of(tokens) == before
+    build_corpus(replace(config, tokenize=TokenizeConfig(validation_fraction=0.2, seed=1)))
+    assert json.loads((tokens / "manifest.json").read_text())["made_from"] != manifest["made_from"]
 
 
 # ── the join in parts ───────────────────────────────────────────────────────────────────────────────────────────────
