@@ -12,6 +12,7 @@ verdicts, not texts, so that a changed threshold costs seconds and no disk.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -187,19 +188,13 @@ class Run:
         self.close()
 
     def close(self) -> None:
-        """Ledger, summary, report and dataset card of what is there. The totals must add up."""
-        stages = []
-        for stage in LEDGER_STAGES[self.config.source]:
-            if not all(self.corpus.verdicts(stage, k).exists() for k in range(self.steps.shards)):
-                break
-            stages.append(stage)
+        """Ledger, summary, report and dataset card of what is there and stands. The totals must add up."""
+        stages, documents_stand, tokens_stand = self._standing()
         results: dict[str, Mapping[str, Any]] = {}
         work = [Task(f"ledger {k:05d}", tasks.write_ledger, (self.out, k, stages)) for k in range(self.steps.shards)]
         self.steps.executor.run(work, on_done=lambda task, result: results.__setitem__(task.label, result))
         summary: dict[str, Any] = ledger.funnel([results[task.label] for task in work], stages)
-        finished = stages[-1] == "decontaminate" and all(
-            self.corpus.table("documents", k).exists() for k in range(self.steps.shards)
-        )
+        finished = stages[-1] == "decontaminate" and documents_stand
         summary |= {
             "recipe": self.config.recipe,
             "source": self.config.source.value,
@@ -208,14 +203,14 @@ class Run:
         }
         if finished:
             summary["documents"] = sum(rows_of(self.corpus.table("documents", k)) for k in range(self.steps.shards))
-        if self.config.dedup.plant and self.corpus.planting.exists():
+        if self.config.dedup.plant and "dedup" in stages and self.corpus.planting.exists():
             summary["planted"] = json.loads(self.corpus.planting.read_text(encoding="utf-8"))
         if finished and self.config.report.domains:
             summary["domains_beside"] = report.compare_domains(self.corpus, self.config.report.domains)
-        if self.corpus.contamination.exists():
+        if "decontaminate" in stages and self.corpus.contamination.exists():
             summary["contamination"] = json.loads(self.corpus.contamination.read_text(encoding="utf-8"))
         manifest = self.corpus.tokens / "manifest.json"
-        if manifest.exists():
+        if tokens_stand and manifest.exists():
             summary["tokens"] = json.loads(manifest.read_text(encoding="utf-8"))
         write_json(summary, self.corpus.summary)
         report.write_corpus_report(self.corpus)
@@ -226,3 +221,30 @@ class Run:
         self.steps.reporter.say(f"corpus: {self.out}  report: {self.corpus.report}")
         if self.stages.empty:
             self.nothing_left = ledger.why_nothing_is_left(summary)
+
+    def _standing(self) -> tuple[list[str], bool, bool]:
+        """The stages that the ledger can tell of, whether the documents are those of them, and so the token shards.
+
+        A run of some stages may leave later ones that were made of what is no more: these are named and left out.
+        """
+        corpus, numbers = self.corpus, range(self.steps.shards)
+        verdicts = {s: [corpus.verdicts(s, k) for k in numbers] for s in LEDGER_STAGES[self.config.source]}
+        documents = [corpus.table("documents", k) for k in numbers]
+        manifest = corpus.tokens / "manifest.json"
+        standing = None if not self.config.stages else self.steps.standing_outputs()  # after all of them, all stand
+
+        def stand(files: Sequence[Path]) -> bool:
+            return standing is None or all(p.relative_to(self.out).as_posix() in standing for p in files)
+
+        there = list(itertools.takewhile(lambda s: all(p.exists() for p in verdicts[s]), verdicts))
+        stages = there[:1] + list(itertools.takewhile(lambda s: stand(verdicts[s]), there[1:]))
+        stale = there[len(stages) :]
+        documents_stand = all(p.exists() for p in documents) and stand(documents) and not stale
+        tokens_stand = manifest.exists() and stand([manifest]) and not stale
+        stale += ["tokenize"] if manifest.exists() and not tokens_stand else []
+        if stale:
+            self.steps.reporter.say(
+                f"{', '.join(stale)}: made of what has changed since, and left out of the ledger; run without stages= "
+                f"to make {'them' if len(stale) > 1 else 'it'} anew"
+            )
+        return stages, documents_stand, tokens_stand

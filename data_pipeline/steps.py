@@ -19,7 +19,7 @@ from data_pipeline.executors import Executor, Task
 from data_pipeline.layout import Corpus
 from data_pipeline.progress import Reporter
 from data_pipeline.records import InputError
-from data_pipeline.store import Hashes, Step, mark_done, prune, why_not_done
+from data_pipeline.store import Hashes, Step, mark_done, prune, standing_outputs, why_not_done
 
 
 class Steps:
@@ -57,6 +57,10 @@ class Steps:
                 f"stages={self.asked}: {stage} needs {missing[0].relative_to(self.out)}, which {before} makes; "
                 f"add {before}"
             )
+
+    def standing_outputs(self) -> set[str]:
+        """Names of the stages' outputs that were made of what is in the corpus now."""
+        return standing_outputs([self.corpus.folder(stage) for stage in (*STAGES, "documents")], self.hashes)
 
     def mark(
         self, step: Step, counts: Mapping[str, Any], outputs: Sequence[Path] = (), beside: Sequence[Path] = ()

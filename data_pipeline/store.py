@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -264,6 +265,29 @@ def would_be_the_same(step: Step, hashes: Hashes) -> bool:
     """Whether the step was done before with these settings and inputs, whatever became of its outputs since."""
     marker = read_marker(step)
     return marker is not None and not _what_changed(step, marker, hashes)
+
+
+def standing_outputs(folders: Sequence[Path], hashes: Hashes) -> set[str]:
+    """Names (below the corpus folder) of the outputs of those steps in `folders` that were made of what is there now.
+
+    That is told by the markers alone, whatever the settings of this run: a step's inputs in the corpus have to be the
+    bytes that it was made of, and themselves to stand. The outputs are not read.
+    """
+    markers = [m for folder in folders for path in sorted(folder.glob("*.done.json")) if (m := read_signed(path))]
+    makers = {name: i for i, marker in enumerate(markers) for name in marker.get("outputs", {})}
+    known: dict[int, bool] = {}
+
+    def stands(i: int) -> bool:
+        if i not in known:
+            known[i] = False  # no step is made of its own outputs
+            inputs = {n: d for n, d in markers[i].get("inputs", {}).items() if not re.match(r"\d+:", n)}
+            corpus = folders[0].parent
+            known[i] = all(hashes.of(corpus / name) == digest for name, digest in inputs.items()) and all(
+                stands(makers[name]) for name in inputs if name in makers
+            )
+        return known[i]
+
+    return {name for name, i in makers.items() if stands(i)}
 
 
 def stands_but_for(step: Step, setting: str, hashes: Hashes) -> bool:

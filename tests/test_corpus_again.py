@@ -27,6 +27,7 @@ from data_pipeline.bounds import check
 from data_pipeline.clean import language
 from data_pipeline.config import (
     LANGUAGES,
+    STAGES,
     CorpusConfig,
     CorpusReportConfig,
     DecontaminateConfig,
@@ -111,6 +112,35 @@ def test_so_many_shards_are_refused() -> None:
     assert check(CorpusConfig(urls="x", shards=10_000)) == []
     (fault,) = check(CorpusConfig(urls="x", shards=100_000))
     assert fault == "shards=100000: must lie in [0, 10,000], where 0 is automatic; leave it out"
+
+
+# ── some stages only ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_stages_made_of_what_has_changed_are_named_and_left_out(
+    config: CorpusConfig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(config.out)
+    build_corpus(config)
+    whole = files_of(out)
+    hard = replace(config, quality=QualityConfig(min_words=350))
+    build_corpus(replace(hard, stages=["filter"]))
+    said = "dedup, decontaminate, tokenize: made of what has changed since, and left out of the ledger; run without"
+    assert said in capfd.readouterr().err
+    summary = json.loads((out / "summary.json").read_text())
+    assert [stage["stage"] for stage in summary["stages"]] == ["extract", "filter"]
+    assert 0 < summary["urls"]["kept"] < len(PROSE)
+    assert not {"documents", "tokens"} & set(summary)
+    build_corpus(replace(hard, stages=["filter", "dedup"]))
+    assert "decontaminate, tokenize: made of" in capfd.readouterr().err
+    build_corpus(replace(hard, stages=["tokenize"]))  # of documents of before: as asked for, and said
+    assert "decontaminate, tokenize: made of" in capfd.readouterr().err
+    build_corpus(replace(hard, stages=["filter", "dedup", "decontaminate"]))
+    assert "\ntokenize: made of what has changed since" in capfd.readouterr().err
+    assert json.loads((out / "summary.json").read_text())["documents"] == summary["urls"]["kept"]
+    build_corpus(replace(config, stages=[*STAGES]))
+    assert "made of what has changed" not in capfd.readouterr().err
+    assert files_of(out) == whole
 
 
 # ── nothing kept ────────────────────────────────────────────────────────────────────────────────────────────────────
