@@ -6,7 +6,6 @@ list that is not there, stands in entrances.py.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import fields
 from difflib import get_close_matches
@@ -21,7 +20,7 @@ from data_pipeline.config import (
     Source,
     addresses,
 )
-from data_pipeline.storage.address import address_fault, is_address, shown
+from data_pipeline.storage.address import address_fault, is_address, same_place, shown
 
 MOST_SHARDS = 10_000
 """Each shard has some 25 files and a dozen tasks, whether or not it has a row: so many take an hour by themselves. Of
@@ -87,8 +86,11 @@ def check(config: CorpusConfig) -> list[str]:
         require(c.source is Source.urls, "retry", c.retry, "needs source=urls, as others fetch nothing", "leave it out")
         require(not c.stages or "fetch" in c.stages, "retry", c.retry, "needs the stage fetch", "add it to stages")
     if f.since:
-        same = os.path.abspath(f.since) == os.path.abspath(c.out)
+        same = same_place(f.since, c.out)
         require(not same, "fetch.since", f.since, "must be another corpus than out", "give a new out=")
+    for folder in c.dedup.against:
+        same = same_place(folder, c.out)
+        require(not same, "dedup.against", shown(folder), "must be another corpus than out", "take it out")
     for pattern in c.url_list.blocked_patterns:
         try:
             re.compile(pattern)

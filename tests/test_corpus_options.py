@@ -156,6 +156,23 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert check(CorpusConfig(what_if=["quality.min_words=3"])) == []
 
 
+def test_a_corpus_is_not_held_against_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second run would drop what the run before it kept."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    for out, spellings in {
+        "out": ("out", "out/", "./link", str(tmp_path / "out"), f"file://{tmp_path}/link/../out"),
+        "s3://bucket/a/out": ("s3://bucket/a/out", "s3://bucket/a//out/"),
+    }.items():
+        for against in spellings:
+            config = CorpusConfig(urls="list.txt", out=out, dedup=DedupConfig(against=["other", against]))
+            (fault,) = check(config)
+            assert fault.startswith(f"dedup.against={against}: must be another corpus than out"), fault
+    for out, against in {"out": "out2", "s3://bucket/a": "s3://bucket/a/b", "s3://bucket/b": "gs://bucket/b"}.items():
+        assert check(CorpusConfig(urls="list.txt", out=out, dedup=DedupConfig(against=[against]))) == []
+
+
 # ── personal data and decontamination ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 SCHEMES = ("s3", "gs", "file", "memory")
@@ -16,6 +17,18 @@ def is_address(text: str) -> bool:
 def local_path(text: str) -> str:
     """A local path without the file:// before it."""
     return text.removeprefix("file://") if text.startswith("file:///") else text
+
+
+def same_place(one: str, other: str) -> bool:
+    """Whether both name the same folder, by whatever links and slashes, or the same place in a bucket."""
+    if is_address(one) or is_address(other):
+        return _parts(one) == _parts(other)
+    return os.path.realpath(local_path(one)) == os.path.realpath(local_path(other))
+
+
+def _parts(address: str) -> tuple[str, list[str]]:
+    scheme, _, rest = address.partition("://")
+    return scheme, [part for part in rest.split("/") if part not in ("", ".")]
 
 
 def address_fault(address: str) -> str:
