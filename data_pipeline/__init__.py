@@ -14,6 +14,7 @@ The rooms:
     token_shards   the on-disk format of tokens, read by training
     lists          domains, words and URLs that a user gives by file
     forget         domains and URLs to take down → who they are in a corpus, and what is left of them
+    old_corpus     another corpus, whose documents are not kept again
     layout         where each file of a corpus lies
     storage/       a corpus, or its inputs, in a bucket: s3://, gs://
     store          atomic files, hashes, markers, the lock

@@ -352,8 +352,8 @@ class CorpusConfig:
     report: CorpusReportConfig = field(default_factory=CorpusReportConfig)
     what_if: list[str] = field(default_factory=list)
     """Settings to try on the numbers that the corpus `out` stores, such as [quality.min_words=400]: prints what would
-    be kept and dropped, and writes nothing. Takes language.*, quality.*, dedup.exact, dedup.near and dedup.keep; all
-    other settings are the ones that the corpus was made with."""
+    be kept and dropped, and writes nothing. Takes language.*, quality.*, dedup.exact, dedup.near, dedup.keep and
+    dedup.against; all other settings are the ones that the corpus was made with."""
     forget: str = ""
     """Take-down: a file of domains and URLs, one a line, to remove from the corpus `out` for good. All other settings
     are the ones that the corpus was made with."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from data_pipeline import forget, tasks, texts
+from data_pipeline import forget, old_corpus, tasks, texts
 from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.crawl import retry, urls
 from data_pipeline.crawl.addresses import read_hosts_file
@@ -306,7 +306,7 @@ def _looks(config: CorpusConfig, stages: Sequence[str]) -> Iterator[Callable[[],
     if "filter" in stages and (words := config.quality.blocked_words_file):
         yield lambda: read_list(words, "quality.blocked_words_file")
     for folder in config.dedup.against if "dedup" in stages else []:
-        yield partial(tasks.old_index, Path(folder))
+        yield partial(old_corpus.require_finished, Path(folder))
     for path in config.decontaminate.paths if "decontaminate" in stages else []:
         yield partial(_require_file, path, "decontaminate.paths")
     if domains := config.report.domains:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_pipeline import forget, tasks, tokenizer
+from data_pipeline import forget, old_corpus, tasks, tokenizer
 from data_pipeline.clean import bands
 from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD
@@ -171,7 +171,23 @@ class Stages:
             part="signatures",
         )
         signatures = tuple(corpus.signatures(k) for k in range(self.steps.shards))
-        old = tuple(p for folder in c.against for pair in tasks.old_index(Path(folder)) for p in pair)
+        with old_corpus.held(c.against, self.steps.hashes):
+            self._join(signed, signatures)
+        self.steps.by_shard(
+            "dedup",
+            {},
+            inputs=lambda k: (corpus.signatures(k), corpus.duplicates),
+            outputs=lambda k: (corpus.verdicts("dedup", k),),
+            task=lambda k: (tasks.drop_duplicates, (self.out, k)),
+            rows=lambda k: rows_of(corpus.signatures(k)),
+        )
+        if c.plant:
+            self._measure_dedup(signed, entering, signatures)
+
+    def _join(self, signed: Mapping[str, Any], signatures: tuple[Path, ...]) -> None:
+        """All shards' signatures, and those of the corpora in `dedup.against`, which are held → the duplicates."""
+        corpus, c = self.corpus, self.config.dedup
+        old = tuple(p for folder in c.against for pair in old_corpus.index(Path(folder)) for p in pair)
         joined = {**signed, "keep": c.keep.value}
         join = Step("dedup", "duplicates", corpus.folder("dedup"), joined, (*signatures, *old), (corpus.duplicates,))
         arguments = (self.out, self.steps.shards, c)
@@ -183,16 +199,6 @@ class Stages:
         for part in bands.parts_of(c):  # as large as the signatures together, and made again from them
             corpus.links(part).unlink(missing_ok=True)
             self._links_step(part, signed, join.inputs).marker.unlink(missing_ok=True)
-        self.steps.by_shard(
-            "dedup",
-            {},
-            inputs=lambda k: (corpus.signatures(k), corpus.duplicates),
-            outputs=lambda k: (corpus.verdicts("dedup", k),),
-            task=lambda k: (tasks.drop_duplicates, (self.out, k)),
-            rows=lambda k: rows_of(corpus.signatures(k)),
-        )
-        if c.plant:
-            self._measure_dedup(signed, entering, signatures)
         else:  # what an earlier run measured
             for path in [*corpus.folder("dedup").glob("[0-9]*.planted.*"), *corpus.folder("dedup").glob("planting.*")]:
                 path.unlink()

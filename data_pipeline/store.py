@@ -7,6 +7,7 @@ is named and done again. "A file exists" proves nothing.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -152,14 +153,39 @@ def lock(folder: Path, name: str = ".lock", wait_s: float = 0.0) -> Iterator[Non
                     time.sleep(0.1)
                     continue
             f.seek(0)
-            owner = f.read().strip() or "another process"
+            owner = f.read().strip() or "another process, maybe one that reads it for dedup.against"
             raise LockedError(f"out={folder}: in use by {owner}; wait for it, or give another folder")
         with storage_errors(path):  # not through `f`, which would try again what it could not write when it is closed
             os.ftruncate(f.fileno(), 0)
             os.pwrite(f.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # who has the folder next may be one that reads it, and writes no name
+                os.ftruncate(f.fileno(), 0)
     finally:
         f.close()
+
+
+@contextmanager
+def lock_shared(folder: Path) -> Iterator[None]:
+    """Read `folder` until the block ends: others may, too, but none may own it. Nothing is written there.
+
+    Raises LockedError when a process owns it. A folder that was never owned here, or whose lock may not be opened, is
+    read without one.
+    """
+    path = folder / ".lock"
+    try:
+        f = open(path, encoding="utf-8")  # noqa: SIM115 (held open until the block ends)
+    except (FileNotFoundError, PermissionError):
+        yield
+        return
+    with f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise LockedError(f"in use by {f.read().strip() or 'another process'}; wait for it") from None
+        yield
 
 
 @dataclass(frozen=True)

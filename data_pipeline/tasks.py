@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_pipeline import forget, pack
+from data_pipeline import forget, old_corpus, pack
 from data_pipeline.account import ledger
 from data_pipeline.clean import bands, contamination, dedup, extract, language, personal, planting, quality
 from data_pipeline.clean.html_text import Rejected
@@ -42,8 +42,6 @@ from data_pipeline.records import (
     KEPT,
     PAGE_SCHEMA,
     VERDICT_SCHEMA,
-    CorruptionError,
-    InputError,
     Verdict,
     numbers_to_json,
     verdict_table,
@@ -270,7 +268,7 @@ def join_duplicates(out: Path, shards: int, config: DedupConfig) -> dict[str, An
     """The one step of the pipeline that sees all documents at once: their signatures, not their texts."""
     corpus = Corpus(out)
     rows = dedup.read_signatures([corpus.signatures(k) for k in range(shards)], config)
-    old = [_old_signatures(Path(folder), config) for folder in config.against]
+    old = [old_corpus.signatures(Path(folder), config) for folder in config.against]
     duplicates = dedup.find_duplicates(rows, config, pa.concat_tables(old) if old else None)
     write_table(duplicates, corpus.duplicates)
     return {"duplicates": duplicates.num_rows}
@@ -282,7 +280,7 @@ def link_documents(out: Path, shards: int, config: DedupConfig, part: int) -> di
 
     def tables() -> Iterator[pa.Table]:
         for folder in config.against:
-            yield _old_signatures(Path(folder), config, columns)
+            yield old_corpus.signatures(Path(folder), config, columns)
         for k in range(shards):
             yield dedup.read_signatures([corpus.signatures(k)], config, columns)
 
@@ -295,37 +293,12 @@ def join_links(out: Path, shards: int, config: DedupConfig) -> dict[str, Any]:
     """All parts' pairs → the same table as `join_duplicates`."""
     corpus, columns = Corpus(out), ["index", "url", "exact", "characters", "date"]
     rows = dedup.read_signatures([corpus.signatures(k) for k in range(shards)], config, columns)
-    old = [_old_signatures(Path(folder), config, columns) for folder in config.against]
+    old = [old_corpus.signatures(Path(folder), config, columns) for folder in config.against]
     tables = [pq.read_table(corpus.links(part)) for part in bands.parts_of(config)]
     links = [np.stack([table["a"].to_numpy(), table["b"].to_numpy()], axis=1) for table in tables]
     duplicates = dedup.find_duplicates(rows, config, pa.concat_tables(old) if old else None, links)
     write_table(duplicates, corpus.duplicates)
     return {"duplicates": duplicates.num_rows}
-
-
-def old_index(folder: Path) -> list[tuple[Path, Path]]:
-    """(signatures, last verdicts) of each shard of another corpus. Raises InputError for a folder without them."""
-    old = Corpus(folder)
-    signatures = sorted(old.folder("dedup").glob("[0-9]*.signatures.parquet"))
-    found = [(path, old.verdicts("decontaminate", int(path.name.split(".")[0]))) for path in signatures]
-    if not found or not all(verdicts.exists() for _, verdicts in found):
-        raise InputError(f"dedup.against={folder}: no corpus that was run up to decontaminate; finish it first")
-    return found
-
-
-def _old_signatures(folder: Path, config: DedupConfig, columns: Sequence[str] | None = None) -> pa.Table:
-    """Signatures (all columns, or `columns`) of the documents that the corpus in `folder` kept to its end."""
-    needed = None if columns is None else list(dict.fromkeys(["index", *columns]))
-    tables = []
-    for signatures, verdicts in old_index(folder):
-        try:
-            tables.append(_kept(dedup.read_signatures([signatures], config, needed), verdicts))
-        except CorruptionError as e:
-            raise InputError(
-                f"dedup.against={folder}: its signatures are of another kind; give the dedup.ngram, bands and rows "
-                f"that it was made with, or run it again ({e})"
-            ) from None
-    return pa.concat_tables(tables)
 
 
 def plant_duplicates(out: Path, k: int, config: DedupConfig, count: int) -> dict[str, Any]:

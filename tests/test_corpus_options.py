@@ -6,8 +6,11 @@ real.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import random
 import re
 import shutil
 import subprocess
@@ -24,6 +27,7 @@ import yaml
 from corpora import documents, ledger, rows, settings, tree, warc_pages, write_lines
 from inline import inline_module  # noqa: F401 (a fixture that every test here uses)
 
+from data_pipeline import old_corpus, tasks
 from data_pipeline.account import what_if
 from data_pipeline.account.report import compare_domains, measure_lines, write_corpus_report
 from data_pipeline.bounds import check
@@ -34,6 +38,7 @@ from data_pipeline.config import (
     DecontaminateConfig,
     DedupConfig,
     DocumentsConfig,
+    Keep,
     LanguageConfig,
     QualityConfig,
     Source,
@@ -41,7 +46,8 @@ from data_pipeline.config import (
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.pipeline import build_corpus
-from data_pipeline.records import InputError
+from data_pipeline.records import AccountingError, CorruptionError, InputError, LockedError
+from data_pipeline.store import Hashes, lock, lock_shared
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train.cli import main
@@ -286,6 +292,129 @@ def test_documents_of_another_corpus_are_not_kept_again(built: tuple[CorpusConfi
         build_corpus(replace(config, dedup=DedupConfig(against=[str(built[1])], bands=7)))
     with pytest.raises(InputError, match="finish it first"):
         build_corpus(replace(config, dedup=DedupConfig(against=[str(tmp_path)])))
+
+
+def held_against(out: Path, old: Path, **changes: object) -> CorpusConfig:
+    """A corpus of a text that `old` keeps, longer; of one that it does not; and of one that is held twice."""
+    folder = out.parent
+    items = [
+        {"url": "https://new.test/near", "text": " ".join([*PROSE[6].split(" "), "and", "so", "on"])},
+        {"url": "https://new.test/twin", "text": PROSE[10][::-1]},
+        {"url": "https://new.test/longer-twin", "text": PROSE[10][::-1] + " etc"},
+        *rows([text[::-1] for text in PROSE[11:14]], "backwards"),
+    ]
+    path = write_lines(folder / "new.jsonl", items)
+    open_to_all: dict[str, object] = {"language": LanguageConfig(keep=[]), "quality": QualityConfig()}
+    return settings(out, path, **{**open_to_all, "dedup": DedupConfig(against=[str(old)]), **changes})
+
+
+def test_a_damaged_old_corpus_is_named_and_nothing_is_made_of_it(
+    built: tuple[CorpusConfig, Path], tmp_path: Path
+) -> None:
+    """Every flipped bit, not only those that Arrow trips over: others would find other duplicates."""
+    old = tmp_path / "old"
+    shutil.copytree(built[1], old)
+    new = held_against(tmp_path / "out", old)
+    build_corpus(new)
+    before = tree(tmp_path / "out")
+    files = sorted([*old.glob("dedup/*.signatures.parquet"), *old.glob("decontaminate/*.verdicts.parquet")])
+    assert len(files) == 6
+    r = random.Random(0)
+    for n in range(60):
+        path = files[n % len(files)]
+        whole = path.read_bytes()
+        bytes_ = bytearray(whole)
+        bytes_[r.randrange(len(whole))] ^= 1 << r.randrange(8)
+        path.write_bytes(bytes_)
+        with pytest.raises(CorruptionError, match=rf"{path.parent.name}/{path.name} is damaged .*there again"):
+            old_corpus.require_whole(old, Hashes())
+        if n < len(files):
+            with pytest.raises(CorruptionError, match=rf"dedup\.against={old}: .* is damaged"):
+                build_corpus(new)
+            assert {k: v for k, v in tree(tmp_path / "out").items() if k in before} == before
+        path.write_bytes(whole)
+    # Damaged after it was looked at, a file that cannot be read is named all the same.
+    files[-1].write_bytes(files[-1].read_bytes()[:-9])
+    with pytest.raises(CorruptionError, match="is damaged; run `gpt2train corpus` there again"):
+        old_corpus.signatures(old, built[0].dedup)
+    files[-1].unlink()
+    with pytest.raises(CorruptionError, match="is missing; run `gpt2train corpus` there again"):
+        build_corpus(new)
+    for marker in ("dedup/00001.signatures", "dedup/00001", "decontaminate/00001", "dedup/duplicates"):
+        shutil.rmtree(old)
+        shutil.copytree(built[1], old)
+        path = old / f"{marker}.done.json"
+        path.write_text(path.read_text().replace("0", "1", 1))
+        with pytest.raises(InputError, match="finish it first"):
+            build_corpus(new)
+
+
+def test_an_old_corpus_that_did_not_get_to_its_end_is_refused(built: tuple[CorpusConfig, Path], tmp_path: Path) -> None:
+    """Its last verdicts belong to other signatures than lie there now."""
+    old = tmp_path / "old"
+    shutil.copytree(built[1], old)
+    stricter = replace(built[0], out=str(old), quality=QualityConfig(min_words=500))
+    new = held_against(tmp_path / "out", old)
+    for stages in (["filter"], ["dedup"]):
+        with contextlib.suppress(AccountingError):  # the stages after these are of other rows
+            build_corpus(replace(stricter, stages=stages))
+        if "dedup" in stages:
+            with pytest.raises(InputError, match="of other results than lie there; run `gpt2train corpus` there"):
+                build_corpus(new)
+    build_corpus(stricter)
+    build_corpus(new)
+
+
+def test_an_old_corpus_is_left_alone_while_it_is_read(
+    built: tuple[CorpusConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(built[1], old)
+    new = held_against(tmp_path / "out", old)
+    with lock(old), pytest.raises(LockedError, match=rf"dedup\.against={old}: in use by process {os.getpid()} on"):
+        build_corpus(new)
+    join, seen = tasks.join_duplicates, []
+
+    def join_and_look(*arguments: object) -> dict[str, object]:
+        with pytest.raises(LockedError, match=r"in use by another process, maybe one that reads it"), lock(old):
+            pass
+        with lock_shared(old):
+            seen.append(True)
+        return join(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tasks, "join_duplicates", join_and_look)
+    build_corpus(new)
+    assert seen
+    with lock(old):
+        pass
+
+
+def test_what_if_knows_of_old_corpora(
+    built: tuple[CorpusConfig, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is foretold is what a run does, with the old corpus and, by another setting, without it."""
+    out = tmp_path / "out"
+    new = held_against(out, built[1])
+    build_corpus(new)
+    for n, (override, dedup) in enumerate(
+        {
+            "dedup.keep=first": replace(new.dedup, keep=Keep.first),
+            "dedup.against=[]": DedupConfig(),
+            f"dedup.against=[{built[1]}]": new.dedup,
+        }.items()
+    ):
+        assert main(["corpus", f"what_if=['{override}']", f"out={out}"]) == 0
+        said = capsys.readouterr().out
+        then = what_if.parse([override], read_config(Corpus(out)))
+        foretold = {i: end[1] for i, end in what_if.replay(Corpus(out), then).items()}
+        build_corpus(replace(new, out=str(tmp_path / str(n)), dedup=dedup))
+        ended = {int(str(r["index"])): r["reason"] or "kept" for r in ledger(tmp_path / str(n)).values()}
+        assert foretold == ended
+        assert ("old_near_duplicate" in ended.values()) == (dedup != DedupConfig())
+        kept = sum(reason == "kept" for reason in ended.values())
+        assert f"kept by filter and dedup: 4 now, {kept} then" in said
+    assert main(["corpus", f"what_if=['dedup.against=[{out}]']", f"out={out}"]) == 2
+    assert "must be another corpus than out" in capsys.readouterr().err
 
 
 def test_an_old_document_stays_whatever_is_to_be_kept() -> None:

@@ -26,14 +26,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from data_pipeline import old_corpus
 from data_pipeline.bounds import check
 from data_pipeline.clean import dedup, quality
-from data_pipeline.config import CorpusConfig
+from data_pipeline.config import CorpusConfig, DedupConfig
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.records import KEPT, ConfigError, InputError
+from data_pipeline.storage.address import is_address
+from data_pipeline.storage.copies import Inputs
+from data_pipeline.storage.place import work_folder
+from data_pipeline.store import Hashes
 
 # Settings whose effect follows from stored numbers; each belongs to one of them by its prefix.
-REPLAYED = ("language.", "quality.", "dedup.exact", "dedup.near", "dedup.keep")
+REPLAYED = ("language.", "quality.", "dedup.exact", "dedup.near", "dedup.keep", "dedup.against")
 # These make other texts out of the documents, so that all that was measured afterwards would have to be measured again.
 NOT_REPLAYED = ("quality.c4_lines", "quality.c4_terminal_punctuation", "quality.blocked_words_file")
 
@@ -93,15 +98,18 @@ def replay(corpus: Corpus, config: CorpusConfig) -> Ends:
         table = pq.read_table(verdicts, columns=["index", "numbers"])
         for index, text in zip(table["index"].to_pylist(), table["numbers"].to_pylist(), strict=True):
             ends[index] = _filter_end(json.loads(text), config)
-        signed = corpus.signatures(int(verdicts.name.split(".")[0]))
-        if signed.exists():
-            signatures.append(signed)
+        path = corpus.signatures(int(verdicts.name.split(".")[0]))
+        if path.exists():
+            signatures.append(path)
+    signed = read_config(corpus).dedup
     survivors = pa.array([index for index, (_, reason) in ends.items() if reason == KEPT], pa.int64())
-    # Bands are joined as they were signed: keep and the two switches alone can differ.
-    rows = dedup.read_signatures(signatures, read_config(corpus).dedup)
+    # Bands are joined as they were signed: keep, against and the two switches alone can differ.
+    rows = dedup.read_signatures(signatures, signed)
     rows = rows.filter(pc.is_in(rows["index"], value_set=survivors))
     compared = set(rows["index"].to_pylist())
-    going = dedup.find_duplicates(rows, config.dedup)
+    with old_corpus.held(config.dedup.against, Hashes()):
+        old = [old_corpus.signatures(Path(folder), signed) for folder in config.dedup.against]
+    going = dedup.find_duplicates(rows, config.dedup, pa.concat_tables(old) if old else None)
     for index, kind in zip(going["index"].to_pylist(), going["kind"].to_pylist(), strict=True):
         ends[index] = ("dedup", f"{kind}_duplicate")
     for index in survivors.to_pylist():
@@ -142,13 +150,27 @@ def what_if(config: CorpusConfig) -> int:
     if not any(corpus.folder("filter").glob("[0-9]*.verdicts.parquet")):
         raise InputError(f"out={config.out}: no stage `filter` was run there; give the folder of a finished corpus")
     now = read_config(corpus)
+    if not is_address(now.out):
+        now.out = config.out  # as it may have been moved
     then = parse(config.what_if, now)
     if then.dedup.near and not now.dedup.near:
         raise ConfigError(
             ["what_if=dedup.near=true: this corpus was signed without bands; run the command with dedup.near=true"]
         )
+    then.dedup.against = _local_against(then.dedup.against, config)
     print_table(stored_ends(corpus), replay(corpus, then), ", ".join(config.what_if))
     return 0
+
+
+def _local_against(against: list[str], config: CorpusConfig) -> list[str]:
+    """The folders of `dedup.against`, those in a bucket as local copies. Raises InputError where one is not there."""
+    inputs = Inputs(
+        CorpusConfig(work=config.work, storage=config.storage, dedup=DedupConfig(against=against)),
+        work_folder(config.work),
+    )
+    if inputs.faults:
+        raise InputError("\n".join(inputs.faults))
+    return inputs.config.dedup.against
 
 
 def print_table(before: Ends, after: Ends, title: str) -> None:

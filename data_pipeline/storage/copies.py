@@ -21,7 +21,10 @@ from data_pipeline.storage.bucket import Bucket
 from data_pipeline.store import lock, write_json
 
 ALL = ("*",)
-OLD_INDEX = ("dedup/*.signatures.parquet", "decontaminate/*.verdicts.parquet")
+OLD_INDEX = (
+    *("dedup/*.signatures.parquet", "dedup/*.done.json"),
+    *("decontaminate/*.verdicts.parquet", "decontaminate/*.done.json"),
+)
 """What `dedup.against` reads of another corpus."""
 WAIT_S = 3600.0
 """How long one run waits for another that is bringing the same copy."""
