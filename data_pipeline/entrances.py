@@ -230,7 +230,7 @@ class Entrance:
                 self.steps.on_marked(step, ())
             else:
                 self.steps.reporter.say(f"extract: reading {self.config.path}{f' again: {why}' if why else ''}")
-                made, written = texts.write_document_shards(
+                made, written, unreadable = texts.write_document_shards(
                     self.config.path,
                     self.config.text_column,
                     self.corpus,
@@ -238,6 +238,12 @@ class Entrance:
                     rules.because if rules else None,
                 )
                 self.steps.mark(step, {"shards": made}, written)
+                if unreadable:
+                    self.steps.reporter.say(
+                        f"extract: {unreadable:,} documents hold characters that could not be read (U+FFFD, NUL); "
+                        "`unreadable_characters` in their numbers; convert the files to UTF-8 if they are of another "
+                        "encoding"
+                    )
         marker = read_marker(step)
         if marker is None:
             raise InputError(f"stages={self.config.stages}: the dataset was not read yet; add extract")
