@@ -37,7 +37,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from gpt2train.distributed import World, all_rows, on_rank_zero
-from gpt2train.errors import CheckpointError
+from gpt2train.errors import CheckpointError, StorageError
 from gpt2train.run_folder import CHECKPOINTS, checkpoint_folders, read_json
 
 FORMAT, VERSION = "gpt2train checkpoint", 1
@@ -106,8 +106,8 @@ def write(
 ) -> Path:
     """Writes and publishes the checkpoint of `step`, then removes older ones that `keep` does not name.
 
-    All ranks come here together. Raises CheckpointError on every rank when one of them cannot write; checkpoints
-    published before stay as they are.
+    All ranks come here together. Raises StorageError on every rank when one of them cannot write, CheckpointError when
+    what was written is not there; checkpoints published before stay as they are.
     """
     folder = run_dir / CHECKPOINTS
     beside, place = folder / f".{folder_name(step)}.tmp", folder / folder_name(step)
@@ -167,7 +167,7 @@ def _write_parts(beside: Path, world: World, parts: Mapping[str, Mapping[str, Te
     if failure is not None:
         raise _cannot_write(beside, failure) from failure
     if failed:
-        raise CheckpointError(f"{beside}: rank {failed[0]} could not write; its line says why")
+        raise StorageError(f"{beside}: rank {failed[0]} could not write; its line says why")
     files = {}
     for rank, answer in enumerate(answers):
         for position, kind in enumerate(parts):
@@ -263,8 +263,8 @@ def _write(path: Path, content: bytes) -> None:
         raise OSError(f"{path.name} reads back differently")
 
 
-def _cannot_write(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(
         f"{path}: cannot be written ({error.strerror or error}); earlier checkpoints are intact, "
         f"make room and run the same command again"
     )

@@ -32,7 +32,14 @@ from gpt2train import checkpoint
 from gpt2train.config import ModelConfig, TrainConfig
 from gpt2train.data import TokenWindows
 from gpt2train.distributed import World, all_rows, on_all_ranks, on_rank_zero
-from gpt2train.errors import CheckpointError, ConfigError, RunExistsError, RunInUseError
+from gpt2train.errors import (
+    STORAGE_ERRNOS,
+    CheckpointError,
+    ConfigError,
+    RunExistsError,
+    RunInUseError,
+    write_error,
+)
 from gpt2train.run_folder import (
     CHECKPOINTS,
     CONFIG,
@@ -113,13 +120,16 @@ class Claim:
 def lock(run_dir: Path) -> Iterator[None]:
     """Owns `run_dir` until the block, or the process, ends; the kernel frees the lock of a process that died.
 
-    Raises RunInUseError when another process owns it and ConfigError when the folder cannot be made or written.
+    Raises RunInUseError when another process owns it ConfigError when the folder cannot be made or
+    written, and StorageError when there is no room.
     """
     made = not run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
+        if error.errno in STORAGE_ERRNOS:
+            raise write_error(f"run_dir={run_dir}", error) from error
         raise ConfigError([f"run_dir={run_dir}: cannot be written ({error.strerror}); give another folder"]) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -127,9 +137,12 @@ def lock(run_dir: Path) -> Iterator[None]:
         owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
         os.close(descriptor)
         raise RunInUseError(f"run_dir={run_dir}: in use by {owner}; wait for it, or give another folder") from None
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     try:
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        except OSError as error:
+            raise write_error(f"run_dir={run_dir}", error) from error
         yield
     finally:
         if made and [path.name for path in run_dir.iterdir()] == [LOCK]:  # refused: nothing was begun
@@ -275,7 +288,9 @@ def open_run(
         evaluates=config.evaluate.every_steps > 0 and validation_windows > 0,
         remote=remote,
     )
-    if run.start_step < config.steps and claimed is not None:
+
+    def begin() -> int:
+        assert claimed is not None, "rank 0 has claimed the folder"
         if run.start_from is not None:
             run.tell(f"goes on from {run.start_from}")
         for line in _changes(config, folder):
@@ -284,6 +299,10 @@ def open_run(
             run.tell(f"no validation loss: the validation split has no {config.model.context} tokens and a target")
         claimed.record()
         _write_records(config, folder, shards, world)
+        return 0
+
+    if run.start_step < config.steps:
+        on_rank_zero(world, begin)
     return run
 
 

@@ -19,7 +19,7 @@ from gpt2train.commands.help import COMPLETION, command_help, complete, overview
 from gpt2train.commands.settings_files import expand
 from gpt2train.commands.table import COMMANDS, Command, groups_of, load
 from gpt2train.compose import compose, leaves, quoted
-from gpt2train.errors import ConfigError
+from gpt2train.errors import STORAGE_ERRNOS, ConfigError, write_error
 from gpt2train.planning.choose import with_kept
 
 
@@ -57,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS:  # of a file that has no words of its own
+            error = write_error(error.filename or "a file", error)
         code = getattr(error, "exit_code", None)
         if code is None:
             raise

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2train.config import Precision, TrainConfig, WandbMode, flops_per_token
-from gpt2train.errors import GPT2TrainError
+from gpt2train.errors import StorageError
 from gpt2train.run_folder import METRICS, TENSORBOARD, read_metrics
 
 PEAK_FLOPS = {
@@ -62,14 +62,17 @@ class MetricsFile:
 
     def __init__(self, run_dir: Path, *, after_step: int) -> None:
         self._path = run_dir / METRICS
-        self.cut_lines = _cut(self._path, after_step)
-        """Lines that were cut off: of steps after the checkpoint, or torn."""
-        self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held open for the whole run)
+        try:
+            self.cut_lines = _cut(self._path, after_step)
+            """Lines that were cut off: of steps after the checkpoint, or torn."""
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held open for the whole run)
+        except OSError as error:
+            raise self._cannot_write(error) from error
 
     def write(self, entry: dict[str, Any]) -> None:
         """One line. Numbers that are not finite become null, as JSON has no word for them.
 
-        Raises GPT2TrainError when the line cannot be stored.
+        Raises StorageError when the line cannot be stored.
         """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}
         line = json.dumps(clean).encode() + b"\n"
@@ -85,8 +88,8 @@ class MetricsFile:
         except OSError as error:
             raise self._cannot_write(error) from error
 
-    def _cannot_write(self, error: OSError) -> GPT2TrainError:
-        return GPT2TrainError(
+    def _cannot_write(self, error: OSError) -> StorageError:
+        return StorageError(
             f"{self._path}: cannot be written ({error.strerror}); the checkpoints are intact, make room and run the "
             f"same command again"
         )
@@ -281,6 +284,7 @@ class Reporter:
         self._ranks = ranks
         self._first_step = after_step
         self._begin = self._lap = time.perf_counter()
+        self._error: StorageError | None = None
         if active:
             self._rewound: dict[str, Any] = {}
             self._file = MetricsFile(Path(config.run_dir), after_step=after_step)
@@ -359,8 +363,24 @@ class Reporter:
             f"{duration(left_s)} to go"
         )
 
+    @property
+    def failed(self) -> bool:
+        """Whether a line could not be written. No call but `sync` and `fail` raises it: all ranks are to leave with it,
+        and where the others wait for this one they would only learn that it is gone."""
+        return self._error is not None
+
+    def fail(self) -> None:
+        """Ends the run after rank 0 has said that it could not write a line."""
+        raise self._error or StorageError("rank 0 could not write metrics.jsonl; its line says why")
+
     def _log(self, entry: dict[str, Any]) -> None:
-        self._file.write(entry)
+        if self._error is not None:
+            return
+        try:
+            self._file.write(entry)
+        except StorageError as error:
+            self._error = error
+            return
         self._wandb.log(entry)
         self._tensorboard.log(entry)
 
@@ -385,6 +405,9 @@ class Reporter:
         self.tell(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
     def sync(self) -> None:
+        """All lines are on the disk when this returns; raises StorageError where one could not be written."""
+        if self._error is not None:
+            raise self._error
         if self.active:
             self._file.sync()
 

@@ -7,6 +7,7 @@ here writes: a run that is still going on can be read at any moment.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from yaml import YAMLError  # OmegaConf lets PyYAML's errors through
 
 from gpt2train.compose import literal
 from gpt2train.config import TrainConfig
-from gpt2train.errors import ConfigError
+from gpt2train.errors import STORAGE_ERRNOS, ConfigError, write_error
 
 CONFIG = "config.yaml"
 """The resolved settings."""
@@ -154,7 +155,10 @@ def data_folder(run_dir: str | Path) -> Path | None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Writes `path` whole: whoever reads it sees the content before or this one."""
+    """Writes `path` whole: whoever reads it sees the content before or this one.
+
+    Raises StorageError where there is no room or the storage fails, and OSError for a place that cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -162,5 +166,10 @@ def replace_file(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno in STORAGE_ERRNOS:
+            raise write_error(path, error) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a file system that is read-only, or broken
+            temporary.unlink(missing_ok=True)

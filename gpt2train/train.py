@@ -181,12 +181,14 @@ def _train(
                     model.step()  # within the accumulation: counts, updates nothing
             layers = layer_norms(engine.gradients(model)) if _due(step, config.logging.layers_every_steps) else None
 
-            # Agree on the loss, on whether to stop, on whether a save has failed
-            total, stopping, failed = all_sum(  # host-device sync
-                world, [loss_sum.item(), float(stop.received), float(saver.failed)]
+            # Agree on the loss, on whether to stop, on whether a save or a record has failed
+            total, stopping, failed, unwritten = all_sum(  # host-device sync
+                world, [loss_sum.item(), float(stop.received), float(saver.failed), float(reporter.failed)]
             )
             if failed:
                 saver.fail()
+            if unwritten:
+                reporter.fail()
             mean_loss = total / (len(batch) * world.size)
 
             # Judge, and update
@@ -351,14 +353,22 @@ def _save(
         },
     }
 
-    def work(world: World) -> None:
+    def synced() -> int:
         reporter.sync()
-        # Read where rank 0 prunes: what is on its way to other storage stays until it is there.
-        keep = replace(_kept(config), spare=uploader.needed if uploader is not None else frozenset())
-        checkpoint.write(run.folder, step, captured, state, world=world, keep=keep)
+        return 0
+
+    def recorded() -> int:
         if run.claim is not None:
             run.claim.published = step
             run.claim.record()
+        return 0
+
+    def work(world: World) -> None:
+        on_rank_zero(world, synced)  # as all that is written: where it fails, every rank leaves with the cause
+        # Read where rank 0 prunes: what is on its way to other storage stays until it is there.
+        keep = replace(_kept(config), spare=uploader.needed if uploader is not None else frozenset())
+        checkpoint.write(run.folder, step, captured, state, world=world, keep=keep)
+        on_rank_zero(world, recorded)
         if uploader is not None:
             uploader.offer(step, _kept(config))
 

@@ -13,6 +13,8 @@ PEER_EXIT_CODE = 7
 """Exit code of a rank that ends because another one is gone (the same as gpt2train.config's)."""
 IN_USE_EXIT_CODE = 3
 """Exit code of a command whose folder another process owns (the same as gpt2train.config's)."""
+STORAGE_EXIT_CODE = 4
+"""Exit code of a command that found no room to write in (the same as gpt2train.errors's)."""
 
 
 class LaunchError(Exception):

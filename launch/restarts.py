@@ -9,7 +9,8 @@ Not started again:
     told to stop (85); a setting that cannot work (2); a folder in use (3) at the first attempt; a loss that is not
     finite (6: it would be so again); a command that cannot be started (126, 127)
     a first attempt that failed before its first step: something is not set up, and whoever started it is still there
-    the same step that failed the same way twice in a row (exit code and last line, numbers aside)
+    the same step that failed the same way twice in a row (exit code and last line, numbers aside); a disk without room
+    (4) excepted, which someone may mend meanwhile
     more than `restarts` attempts in a row that got no further
 """
 
@@ -25,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch import logs
-from launch.config import IN_USE_EXIT_CODE, PEER_EXIT_CODE, REQUEUE_EXIT_CODE
+from launch.config import IN_USE_EXIT_CODE, PEER_EXIT_CODE, REQUEUE_EXIT_CODE, STORAGE_EXIT_CODE
 from launch.outcome import Outcome
 
 MAX_PAUSE_S = 600.0
@@ -73,7 +74,7 @@ def run_attempts(
             first=number == 0 and not begun_before,
             moved=_stamp(run_dir) != begun_with,
             passing=passing,
-            repeated=failure == before and not passing,
+            repeated=failure == before and not passing and outcome.code != STORAGE_EXIT_CODE,
             step=step,
             exhausted=fruitless > restarts,
             restarts=restarts,

@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(tmp_path: Path) -> None:
         "except Exception as e: print(type(e).__name__, e.exit_code, e)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert "CheckpointError 5" in done.stdout, done.stderr
+    assert "StorageError 4" in done.stdout, done.stderr
     assert "File too large); earlier checkpoints are intact, make room" in done.stdout
     found = newest_whole(tmp_path)
     assert found is not None

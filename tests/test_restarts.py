@@ -39,6 +39,7 @@ def play(
 CRASH = Outcome(1, last_line="CUDA error on rank 3 at 0x7f12")
 OTHER = Outcome(1, last_line="NCCL error")
 KILLED = Outcome(137)
+FULL = Outcome(4, last_line="metrics.jsonl: cannot be written (No space left on device)")
 LOST = Outcome(7, lost=True, last_line="host n2 is gone")
 PEER = Outcome(7, last_line="rank 0: another rank died")
 DONE = Outcome(0)
@@ -61,6 +62,10 @@ TOLD = Outcome(REQUEUE_EXIT_CODE, told=True)
         ([(5, CRASH), (5, Outcome(1, last_line="CUDA error on rank 1 at 0x7fff"))], (1, 2)),
         ([(5, CRASH), (5, OTHER), (5, KILLED), (9, DONE)], (0, 4)),
         ([(5, CRASH), (7, CRASH), (9, DONE)], (0, 3)),
+        # Room may come back: the same step twice does not say that a third time would be of no use.
+        ([(5, FULL), (5, FULL), (9, DONE)], (0, 3)),
+        ([(5, FULL)] * 4, (4, 4)),
+        ([(0, FULL)], (4, 1)),
         # A first attempt that does not reach a step: not set up.
         ([(0, CRASH)], (1, 1)),
         ([(5, CRASH), (5, Outcome(2))], (2, 2)),

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from gpt2train.distributed import World
+from gpt2train.errors import write_error
 
 
 def shared_out(
@@ -102,14 +103,17 @@ class _Journal:
     """One rank's file, opened to go on behind its last whole line, or begun anew for other work."""
 
     def __init__(self, folder: Path, key: str, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"rank_{rank}.jsonl"
-        before = path.read_bytes() if path.exists() else b""
-        whole = before[: before.rfind(b"\n") + 1]
-        same = _parsed(whole.split(b"\n")[0]) == {"key": key}
-        self._file = open(path, "r+b" if path.exists() else "wb", buffering=0)  # noqa: SIM115 (held open for the work)
-        self._file.truncate(len(whole) if same else 0)
-        self._file.seek(0, 2)
+        self._path = path = folder / f"rank_{rank}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            before = path.read_bytes() if path.exists() else b""
+            whole = before[: before.rfind(b"\n") + 1]
+            same = _parsed(whole.split(b"\n")[0]) == {"key": key}
+            self._file = open(path, "r+b" if path.exists() else "wb", buffering=0)  # noqa: SIM115 (open for the work)
+            self._file.truncate(len(whole) if same else 0)
+            self._file.seek(0, 2)
+        except OSError as error:
+            raise write_error(path, error) from error
         if not same:
             self._line({"key": key})
 
@@ -118,8 +122,11 @@ class _Journal:
 
     def _line(self, entry: dict[str, object]) -> None:
         line = json.dumps(entry).encode() + b"\n"  # floats in the shortest form that reads back as the same number
-        while line:
-            line = line[self._file.write(line) or 0 :]
+        try:
+            while line:
+                line = line[self._file.write(line) or 0 :]
+        except OSError as error:
+            raise write_error(self._path, error) from error
 
     def close(self) -> None:
         self._file.close()

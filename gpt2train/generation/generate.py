@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY, Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.errors import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, write_error
 from gpt2train.generation.config import GenerateConfig, SamplingConfig, WatermarkConfig, check_generate
 from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.embedding import hidden_states
@@ -200,7 +200,7 @@ def _write_lines(path: Path, samples: Iterator[dict[str, object]]) -> None:
                 file.write(json.dumps(sample, ensure_ascii=False) + "\n")
                 file.flush()
     except OSError as error:
-        raise GPT2TrainError(f"out={path}: cannot be written ({error.strerror or error})") from error
+        raise write_error(f"out={path}", error) from error
 
 
 def _embed(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> int:
@@ -221,7 +221,7 @@ def _embed(config: GenerateConfig, model: GPT, tokenizer: Tokenizer) -> int:
                 line = {"file": name, "text": text, "tokens": ids[:context]}
                 index.write(json.dumps(line, ensure_ascii=False) + "\n")
     except OSError as error:
-        raise GPT2TrainError(f"embed_to={folder}: cannot be written ({error.strerror or error})") from error
+        raise write_error(f"embed_to={folder}", error) from error
     _say(f"{len(texts)} texts → {folder}, fp32 [{model.config.layers + 1}, tokens, {model.config.channels}] each")
     return 0
 

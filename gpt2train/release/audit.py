@@ -31,7 +31,7 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
-from gpt2train.errors import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, write_error
 from gpt2train.generation.decoding import Decoding
 from gpt2train.generation.generate import refuse_fewer_tokens
 from gpt2train.generation.products import lay_for_decoding
@@ -83,7 +83,7 @@ def audit(config: AuditConfig) -> int:
     try:
         replace_file(out, (json.dumps(result, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
-        raise GPT2TrainError(f"out={out}: cannot be written ({error.strerror or error}); give another place") from error
+        raise write_error(f"out={out}", error, "give another place") from error
     _print(result)
     print(f"{out}: the whole of it", file=sys.stderr)
     return 0

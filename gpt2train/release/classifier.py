@@ -19,7 +19,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix, diags
 
-from gpt2train.errors import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, write_error
 
 PLACES = 1 << 15
 WORDS_LENGTH = 12.0
@@ -50,7 +50,7 @@ class Classifier:
         return 1 / (1 + np.exp(-logits))
 
     def save(self, path: str) -> None:
-        """Raises GPT2TrainError where it cannot be written."""
+        """Raises StorageError where there is no room, GPT2TrainError where it cannot be written."""
         try:
             with open(path, "wb") as file:
                 np.savez_compressed(
@@ -58,7 +58,7 @@ class Classifier:
                     spread=self.spread, bias=self.bias,
                 )  # fmt: skip
         except OSError as error:
-            raise GPT2TrainError(f"classifier={path}: cannot be written ({error.strerror})") from error
+            raise write_error(f"classifier={path}", error) from error
 
 
 def load(path: str) -> Classifier:

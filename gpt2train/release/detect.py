@@ -24,7 +24,7 @@ from rich.table import Table
 
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.tokenizer import load as load_tokenizer
-from gpt2train.errors import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, write_error
 from gpt2train.generation.generate import refuse_fewer_tokens
 from gpt2train.generation.watermark import Watermark, read_key
 from gpt2train.release import classifier
@@ -158,7 +158,7 @@ def _write_page(path: Path, judgments: Sequence[Judged], tokenizer: Tokenizer) -
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, template.render(texts=texts, bins=BINS).encode())
     except OSError as error:
-        raise GPT2TrainError(f"html={path}: cannot be written ({error.strerror or error})") from error
+        raise write_error(f"html={path}", error) from error
     print(f"{path}: each token by its rank", file=sys.stderr)
 
 

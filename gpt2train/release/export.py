@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_pipeline.tokenizer import END_OF_TEXT, VOCABULARY
 from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint, claim
 from gpt2train.config import ModelConfig
-from gpt2train.errors import CheckpointError, ConfigError, GPT2TrainError
+from gpt2train.errors import CheckpointError, ConfigError, write_error
 from gpt2train.release import gguf_file, nanochat
 from gpt2train.release.card import model_card
 from gpt2train.release.config import ExportConfig, ExportFormat, ImportConfig, check_export, check_import
@@ -191,12 +193,18 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         _sync(folder)
         folder.rename(target)  # takes the place of an empty folder, fails over anything else
         _sync(target.parent)
-    except OSError as error:
-        raise GPT2TrainError(
-            f"{target}: cannot be written ({error.strerror or error}); nothing was left there"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise write_error(target, _as_os_error(error), "nothing was left there") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _as_os_error(error: OSError | SafetensorError) -> OSError:
+    """safetensors has the kernel's error as words alone: `I/O error: No space left on device (os error 28)`."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else OSError(str(error))
 
 
 def _sync(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from gpt2train import checkpoint
 from gpt2train.config import ModelConfig, parameter_count
-from gpt2train.errors import ConfigError, GPT2TrainError
+from gpt2train.errors import ConfigError, write_error
 from gpt2train.release.config import ExportConfig, ReleaseConfig, check_release
 from gpt2train.release.export import export_run
 from gpt2train.run_folder import replace_file, run_dir_of
@@ -122,7 +122,7 @@ def _write(path: Path, record: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
     except OSError as error:
-        raise GPT2TrainError(f"to={path.parent}: cannot be written ({error.strerror or error})") from error
+        raise write_error(f"to={path.parent}", error) from error
 
 
 def _line(text: str) -> str:
