@@ -94,9 +94,9 @@ def write_token_shards(
     documents, starts, part_of = _read_parts(parts, tombstones)
     if not (part_of >= 0).any():
         raise InputError(f"{out}: no document is left to make token shards of; see the ledger for why each one went")
-    validation, order = _arrange(documents, config)
+    validation, order = _arrange(documents, config, part_of >= 0)
     lengths = documents["tokens"].to_numpy()
-    partial, old = (out.with_name(f".{out.name}.{state}") for state in ("partial", "old"))
+    partial, old = _beside(out)
     with storage_errors(out), contextlib.ExitStack() as on_failure:
         for left_by_a_killed_run in (partial, old):
             shutil.rmtree(left_by_a_killed_run, ignore_errors=True)
@@ -146,6 +146,17 @@ def write_token_shards(
         "files": sum(len(s["files"]) for s in splits.values()),
         "files_unchanged": unchanged,
     }
+
+
+def _beside(out: Path) -> tuple[Path, Path]:
+    """Where token shards for `out` are written, and where those before them wait to be removed."""
+    return out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+
+
+def remove_token_shards(out: Path) -> None:
+    """Remove the folder `out`, and what a run that was killed while packing left beside it."""
+    for folder in (out, *_beside(out)):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep_unchanged(old: Path, new: Path, manifest: dict[str, Any]) -> int:
@@ -209,11 +220,12 @@ def _hashed(keyed: blake2b, values: Iterable[bytes]) -> Iterator[bytes]:
         yield of_value.digest()
 
 
-def _arrange(documents: pa.Table, config: TokenizeConfig) -> tuple[np.ndarray, np.ndarray]:
+def _arrange(documents: pa.Table, config: TokenizeConfig, living: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """validation[documents], bool, and order[documents]: the rows in the order in which they are written.
 
     Both follow from keyed hashes of the digest, so that adding a document moves no other to the other split, and the
-    split does not follow from the seed. Equal hashes (equal texts) are ordered by index.
+    split does not follow from the seed. Equal hashes (equal texts) are ordered by index. living[documents], bool: those
+    that were not taken down; their split is the one that they would have without the others.
     """
     count = documents.num_rows
     seed = config.seed.to_bytes(8, "little", signed=True)
@@ -228,10 +240,11 @@ def _arrange(documents: pa.Table, config: TokenizeConfig) -> tuple[np.ndarray, n
     order = np.lexsort((index, order_key[:, 1], order_key[:, 0]))
     validation = split_key < np.uint64(int(config.validation_fraction * 2**64))
     # So few documents that chance left a split empty: it gets the one whose hash lies nearest to it. One document alone
-    # is for training.
+    # is for training. First among all, for where those that were taken down stood; then among those that are left.
     by_key = np.lexsort((index, split_key))
-    if validation.all():
-        validation[by_key[-1:]] = False
-    elif config.validation_fraction > 0 and count >= 2 and not validation.any():
-        validation[by_key[0]] = True
+    for ranked in (by_key, by_key[living[by_key]]):
+        if len(ranked) and validation[ranked].all():
+            validation[ranked[-1]] = False
+        elif config.validation_fraction > 0 and len(ranked) >= 2 and not validation[ranked].any():
+            validation[ranked[0]] = True
     return validation, order

@@ -23,7 +23,7 @@ from data_pipeline.config import CorpusConfig, Source
 from data_pipeline.entrances import LEAST_SHARDS, ROWS_PER_SHARD
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus
-from data_pipeline.pack import write_token_shards
+from data_pipeline.pack import remove_token_shards, write_token_shards
 from data_pipeline.records import CorruptionError
 from data_pipeline.steps import Steps, plain, rows_of
 from data_pipeline.store import Step, read_json, stands_but_for, why_not_done, would_be_the_same
@@ -300,7 +300,7 @@ class Stages:
         if not any(rows_of(p) for _, p in parts):
             self.empty = True
             (corpus.folder("tokenize") / "tokens.done.json").unlink(missing_ok=True)
-            shutil.rmtree(corpus.tokens, ignore_errors=True)  # of documents that are no more in the corpus
+            remove_token_shards(corpus.tokens)  # of documents that are no more in the corpus
             return
         gone = (corpus.tombstones,) if corpus.tombstones.exists() else ()
         made_of = (*(p for part in parts for p in part), *gone)

@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -159,6 +161,32 @@ def test_few_documents_leave_neither_split_empty(tmp_path: Path, count: int, fra
         assert min(counts["train_documents"], counts["validation_documents"]) >= 1
     assert counts["train_documents"] >= 1
     assert counts["documents"] == count
+
+
+@pytest.mark.parametrize("gone", [1, 2, 3, 4])
+def test_documents_that_were_taken_down_are_not_the_validation_split(tmp_path: Path, gone: int) -> None:
+    """The others are split as they would be without them, where the splits are small enough to be seen to."""
+    texts = [f"Text {i}." for i in range(6)]
+    config = replace(CONFIG, validation_fraction=1e-9)
+    whole = make_parts(tmp_path / "whole", texts, 1)
+    write_token_shards(whole, tmp_path / "tokens", config, "x")
+    first = TokenShards.open(tmp_path / "tokens").split("validation").documents(0, 1)[0].url.rpartition("/")[2]
+    left = [i for i in range(len(texts)) if i != int(first)][gone - 1 :]
+    table = pq.read_table(whole[0][1])
+    away = [10 * i for i in range(len(texts)) if i not in left]
+    tombstones = tmp_path / "gone.parquet"
+    pq.write_table(table.filter(pc.is_in(table["index"], pa.array(away))).drop_columns("url"), tombstones)
+    kept = table.filter(pc.is_in(table["index"], pa.array([10 * i for i in left])))
+    tokens = np.fromfile(whole[0][0], "<u2").reshape(len(texts), -1)[left]
+    part = (tmp_path / "left.tokens", tmp_path / "left.documents")
+    tokens.tofile(part[0])
+    pq.write_table(kept, part[1])
+    counts = [
+        write_token_shards([part], tmp_path / name, config, "x", tombstones=places)
+        for name, places in (("after", tombstones), ("never", None))
+    ]
+    assert counts[0]["validation_documents"] == counts[1]["validation_documents"] == 1
+    assert content(tmp_path / "after") == content(tmp_path / "never")
 
 
 def test_no_document_at_all_is_told(tmp_path: Path) -> None:
