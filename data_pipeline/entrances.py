@@ -221,7 +221,7 @@ class Entrance:
         settings = {"path": named, "text_column": self.config.text_column, "shards": self.config.shards}
         rules = forget.read_forget_list(self.corpus)
         if rules is not None:
-            settings["forgotten"] = self.steps.hashes.of(self.corpus.forget_list)
+            settings["forgotten"] = rules.digest()
         step = Step("extract", "all", folder, settings, tuple(files), ())
         if not self.config.stages or "extract" in self.config.stages:
             why = why_not_done(step, self.steps.hashes)
@@ -300,8 +300,10 @@ def _looks(config: CorpusConfig, stages: Sequence[str]) -> Iterator[Callable[[],
         yield lambda: _require_dataset(config.path)
     if config.source is Source.urls and "urls" in stages:
         yield lambda: urls.list_files(Path(config.urls))
+        yield lambda: urls.read_domains(config.url_list.blocked_domains, "url_list.blocked_domains")
         if blocked := config.url_list.blocked_domains_file:
-            yield lambda: read_list(blocked, "url_list.blocked_domains_file")
+            setting = "url_list.blocked_domains_file"
+            yield lambda: urls.read_domains(read_list(blocked, setting), setting)
     if config.source is Source.urls and "fetch" in stages:
         if fetch.hosts_file:
             yield lambda: read_hosts_file(Path(fetch.hosts_file))

@@ -26,6 +26,7 @@ from data_pipeline.config import STAGES, CorpusConfig, Executor, Source
 from data_pipeline.entrances import Entrance, check_inputs
 from data_pipeline.executors import Task
 from data_pipeline.layout import Corpus, config_text, read_config
+from data_pipeline.lists import read_list
 from data_pipeline.progress import Reporter
 from data_pipeline.records import ConfigError, CorruptionError, InputError
 from data_pipeline.stages import Stages
@@ -120,24 +121,28 @@ def take_down(place: Place, on_take_down: Callable[[forget.TakeDown], None] | No
         if place.remote:  # its settings have to be brought first
             owned.enter_context(_owned(place))
         settings, faults = place.with_inputs_here(forget.settings_of(config))
-        stages = [s for s in STAGES[STAGES.index("extract") :] if not settings.stages or s in settings.stages]
-        check_inputs(settings, stages, (*place.faults, *faults))
+        check_inputs(settings, forget.stages_made(corpus), (*place.faults, *faults))
+        entries = read_list(config.forget, "forget")
+        forget.parse_entries(entries)  # all faults of the list, before any work
         if not place.remote:
             owned.enter_context(_owned(place))
+        # What the last run was asked for says nothing of what lies there; and nothing is fetched.
+        settings.stages = forget.stages_made(corpus)
         with _executor(settings, corpus.out) as executor:
             run = Run(settings, executor, place)
-            takedown = forget.plan(config)
+            forget.check_memory(corpus)
+            takedown = forget.plan(corpus, entries, settings)
             if on_take_down is not None:
                 on_take_down(takedown)
             forget.remember(corpus, takedown)
             texts_gone, copies = takedown.documents.num_rows, takedown.copies
             run.steps.reporter.say(
-                f"forget: {texts_gone:,} texts go, and {copies:,} URLs of copies that would come instead"
+                f"forget: {texts_gone:,} texts go, and {copies:,} copies of them that would come instead"
             )
             if takedown.unmatched:
                 names = ", ".join(takedown.unmatched)
                 run.steps.reporter.say(f"forget: no row of this corpus has to do with {names}; check the spelling")
-            run.run(stages)
+            run.run()
             if config.forget_archive:
                 blanked, left = forget.blank_responses(corpus, forget.archived_pages(corpus))
                 run.steps.reporter.say(
@@ -171,9 +176,10 @@ class Run:
         self.nothing_left = ""
         """Why there is no document to make token shards of, and what to do; empty where there is one."""
 
-    def run(self, only: Sequence[str] = ()) -> None:
-        """Run the stages that the settings name, or `only` those."""
-        stages = only or [s for s in STAGES if not self.config.stages or s in self.config.stages]
+    def run(self) -> None:
+        """Run the stages that the settings name; all where they name none."""
+        stages = [s for s in STAGES if not self.config.stages or s in self.config.stages]
+        forget.check_memory(self.corpus)
         self.entrance.enter("urls" in stages, "fetch" in stages)
         later: list[tuple[str, Callable[[], None]]] = [
             ("extract", self.stages.extract),

@@ -100,7 +100,12 @@ def write_table(table: pa.Table, path: Path) -> None:
 
 def write_json(value: object, path: Path) -> None:
     with write_atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: object) -> str:
+    """What `write_json` writes."""
+    return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.crawl.url_syntax import without_credentials
 from data_pipeline.layout import Corpus
 from data_pipeline.records import DOCUMENT_SCHEMA, DROPPED, FAILED, InputError, Verdict, numbers_to_json, verdict_table
 from data_pipeline.store import write_table
@@ -192,7 +193,7 @@ def write_document_shards(
 
     Returns how many shards, the files, and how many documents hold characters that could not be read.
 
-    `forgotten` tells of a row's URL and domain why it was taken down, or None.
+    `forgotten` tells of a row's URL, domain and digest why it was taken down, or None.
 
     Memory: one shard of 16 MB of text, or all of them with a given number of `shards`.
     """
@@ -211,8 +212,10 @@ def write_document_shards(
         slot = index % shards if shards else 0
         documents, verdicts, size = pending[slot]
         document, verdict = _document(index, row)
-        if document is not None and forgotten and (why := forgotten(document["url"], document.get("domain"))):
-            document, verdict = None, Verdict(index, verdict.url, DROPPED, "forgotten", why)
+        if document is not None and forgotten:
+            why = forgotten(document["url"], document.get("domain"), digest=document["digest"])
+            if why:
+                document, verdict = None, Verdict(index, verdict.url, DROPPED, "forgotten", why)
         verdicts.append(verdict)
         if document is not None:
             documents.append(document)
@@ -236,10 +239,12 @@ def _document(index: int, row: Mapping[str, Any] | Unreadable) -> tuple[dict[str
     if isinstance(row, Unreadable):
         return None, Verdict(index, row.url, FAILED, "unreadable_row", row.why)
     try:
-        url, text = _clean(row["url"]), row["text"]
+        url, text = without_credentials(_clean(row["url"])), row["text"]
         if not isinstance(text, str) or not text.strip():
             return None, Verdict(index, url, DROPPED, "no_text")
         optional = {k: _clean(row[k]) for k in OPTIONAL if row.get(k) is not None}
+        if "domain" in optional:  # often all that stands before the path
+            optional["domain"] = optional["domain"].rpartition("@")[2]
     except RecursionError:
         return None, Verdict(index, f"dataset:#{index}", FAILED, "unreadable_row", "nested too deep")
     numbers = {"characters": len(text)}

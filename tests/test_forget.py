@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import PROSE, documents, ledger, settings, tree, warc_pages
+from corpora import PROSE, documents, ledger, settings, tree, warc_pages, write_lines, write_texts
 from inline import inline_module  # noqa: F401 (a fixture that every test here uses)
 from omegaconf import OmegaConf
 from warcio.archiveiterator import ArchiveIterator
@@ -31,10 +31,11 @@ from data_pipeline.config import (
     CorpusConfig,
     QualityConfig,
     Source,
+    UrlListConfig,
 )
 from data_pipeline.layout import Corpus
 from data_pipeline.pipeline import build_corpus
-from data_pipeline.records import ConfigError, InputError
+from data_pipeline.records import ConfigError, CorruptionError, InputError
 from data_pipeline.token_shards import TokenShards
 from gpt2train.cli import main
 from gpt2train.config import BatchConfig, DataConfig, ModelConfig, TrainConfig
@@ -63,8 +64,39 @@ def test_what_is_to_be_forgotten() -> None:
         (None, ""),
     ):
         assert rules.because(*addresses) is None, addresses
-    with pytest.raises(InputError, match="forget: exa mple"):
-        forget.parse_entries(["exa mple"])
+
+
+def test_a_domain_is_found_however_its_urls_are_written() -> None:
+    rules = forget.parse_entries(
+        ["müller.example", "trail.example", "ex.example", "https://u:secret@t.example/x?utm_source=1"]
+    )
+    for url in (
+        "http://müller.example/ä",
+        "http://xn--mller-kva.example/",
+        "https://www.Trail.example./",
+        "http://%65x.example:8080/p",
+        "ftp://EX.example./file",
+        "//ex.example/p",
+        "ex.example/p",
+        "HTTPS://t.example:443/x?utm_source=1#top",
+        "https://me:mine@t.example/x?utm_source=1",
+    ):
+        assert rules.because(url), url
+    for url in ("https://t.example/x", "urn:trail.example", "dataset:ex.example#1", "a title about ex.example", ""):
+        assert rules.because(url) is None, url
+    assert "secret" not in str(rules.urls)
+    # A URL list was stripped of tracking parameters before its pages were fetched.
+    listed = forget.parse_entries(["https://t.example/x?utm_source=1"], UrlListConfig())
+    assert listed.because("https://t.example/x")
+
+
+def test_what_names_no_domain_takes_none() -> None:
+    bad = ["d3.example/p3", "//d3.example/p3", "a@d3.example", "d3.example:8080/x", "d3.example?p", "*.d3.example"]
+    bad += ["exa mple", "d3.example#p", "example", "co.uk"]
+    with pytest.raises(InputError) as e:
+        forget.parse_entries(["good.example", *bad, "https://d3.example/p3"])
+    assert [line.split(": ")[1] for line in str(e.value).split("\n")] == bad
+    assert "write d3.example;" in str(e.value)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +193,119 @@ def test_a_take_down_is_a_corpus_that_never_had_it(
     assert "again" not in capfd.readouterr().err
     assert tree(out / "tokens") == state
     TokenShards.open(out / "tokens")
+
+
+def take_down(out: Path, *entries: str) -> None:
+    listed = out.with_name("list.txt")
+    listed.write_text("\n".join(entries))
+    build_corpus(CorpusConfig(out=str(out), forget=str(listed), progress=False, workers=1))
+
+
+def test_a_take_down_runs_all_that_holds_texts_and_fetches_nothing(
+    crawl: CorpusConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever stages the last run was asked for."""
+    out = tmp_path / "out"
+    shutil.copytree(crawl.out, out)
+    build_corpus(replace(crawl, out=str(out), stages=["fetch"]))
+    capfd.readouterr()
+    take_down(out, "bad.test")
+    assert "index" not in capfd.readouterr().err
+    assert len(documents(out)) == len(documents(Path(crawl.out))) - 2
+    assert not any("bad.test" in url for url in documents(out))
+    assert len(TokenShards.open(out / "tokens").manifest["splits"]) == 2
+    table = pq.read_table(out / "tokens/documents.parquet")
+    assert not any("bad.test" in url for url in table["url"].to_pylist())
+    # What there was not before is not made.
+    half = tmp_path / "half"
+    build_corpus(replace(crawl, out=str(half), stages=["fetch", "extract", "filter"]))
+    build_corpus(replace(crawl, out=str(half), stages=["fetch"]))
+    take_down(half, "bad.test")
+    assert not any((half / "dedup").glob("*"))
+    for stage in ("extract", "filter"):
+        rows = [r for f in (half / stage).glob("*.verdicts.parquet") for r in pq.read_table(f).to_pylist()]
+        assert sum("bad.test" in r["url"] for r in rows if r["state"] == "kept") == 0, stage
+
+
+def test_a_take_down_that_is_forgotten_itself_is_told(
+    crawl: CorpusConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(crawl.out, out)
+    take_down(out, "bad.test")
+    rules, places = out / "forget.json", out / "tokenize/forgotten.parquet"
+    whole = {path: path.read_bytes() for path in (rules, places)}
+    again = replace(crawl, out=str(out))
+    state = tree(out)
+
+    def fails(match: str) -> None:
+        for run in (lambda: build_corpus(again), lambda: take_down(out, "site1.test")):
+            with pytest.raises(CorruptionError, match=match):
+                run()
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+    rules.write_bytes(whole[rules].replace(b"bad.test", b"bed.test"))
+    fails(r"forget\.json: is damaged \(sha256 .*if you edited it")
+    rules.write_bytes(whole[rules].replace(b"sha256", b"rha256"))
+    fails(r"forget\.json: is damaged")
+    rules.unlink()
+    fails(r"forget\.json: is missing, but .*forgotten\.parquet knows of a take-down")
+    rules.unlink()
+    places.unlink()
+    fails(r"forget\.json: is missing, but .*extract.*done\.json knows")
+    places.unlink()
+    fails(r"forgotten\.parquet: is missing; .*remove .*tokens\.done\.json")
+    digests = pq.read_table(places)["digest"].to_pylist()
+    rewritten = pq.read_table(places).set_column(1, "digest", pa.array([d[::-1] for d in digests]))
+    pq.write_table(rewritten, places)
+    fails(r"forgotten\.parquet: is damaged \(not what was written\)")
+    for place in range(0, len(whole[places]), 97):  # Parquet has no checksums of its own
+        flipped = bytearray(whole[places])
+        flipped[place] ^= 1
+        places.write_bytes(flipped)
+        try:
+            assert forget.read_tombstones(places).equals(pq.read_table(pa.BufferReader(whole[places])))
+        except CorruptionError:
+            continue
+    places.write_bytes(whole[places])
+    build_corpus(again)
+    capfd.readouterr()
+    assert {n: h for n, h in tree(out).items() if n not in ("config.yaml", ".lock")} == {
+        n: h for n, h in state.items() if n not in ("config.yaml", ".lock")
+    }
+
+    # Edited by hand: without its digest it is taken as it is, and sealed.
+    rules.write_text('{"domains": [], "urls": {}}')
+    build_corpus(again)
+    assert "sha256" in json.loads(rules.read_text())
+    assert sum("bad.test" in url for url in documents(out)) == 2
+
+
+def test_nothing_of_a_killed_packing_outlives_the_last_document(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts.jsonl", PROSE[:3])
+    out = tmp_path / "out"
+    build_corpus(settings(out, tmp_path / "texts.jsonl"))
+    for killed in (".tokens.partial", ".tokens.old"):
+        shutil.copytree(out / "tokens", out / killed)
+    take_down(out, *(f"site{i}.test" for i in range(3)))
+    assert not [p for p in out.iterdir() if "tokens" in p.name]
+
+
+def test_of_equal_urls_only_the_copies_go(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A dataset's URLs need not be unique: one text of a forum is a copy of what was taken down."""
+    items = [{"url": "https://gone.test/x", "text": PROSE[0] + "\n\nLonger."}]
+    items += [{"url": "https://forum.test/", "text": text} for text in PROSE[:6]]
+    write_lines(tmp_path / "texts.jsonl", items)
+    config = settings(tmp_path / "out", tmp_path / "texts.jsonl")
+    build_corpus(config)
+    capfd.readouterr()
+    take_down(tmp_path / "out", "gone.test")
+    assert "1 texts go, and 1 copies" in capfd.readouterr().err
+    rows = [r for f in (tmp_path / "out/documents").glob("*.parquet") for r in pq.read_table(f).to_pylist()]
+    assert sorted(r["text"] for r in rows) == sorted(PROSE[1:6])
+    build_corpus(config)
+    assert "again" not in capfd.readouterr().err
 
 
 def concerned_files(manifest: dict[str, object], tokens: Path) -> set[str]:

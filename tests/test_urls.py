@@ -21,9 +21,10 @@ from places import SHARED
 
 from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl import spill, urls
-from data_pipeline.crawl.url_syntax import host_of, origin_of, path_and_query, port_of
+from data_pipeline.crawl.url_syntax import host_of, origin_of, path_and_query, port_of, without_credentials
 from data_pipeline.crawl.urls import (
     InvalidUrl,
+    UrlRules,
     count_urls,
     normalize,
     read_url_list,
@@ -414,6 +415,29 @@ def test_a_blocked_domain_that_is_none(tmp_path: Path) -> None:
     path = make_list(tmp_path, "list.txt")
     with pytest.raises(InputError, match=r"url_list\.blocked_domains=a b"):
         write_url_shards(path, tmp_path / "out", 1, UrlListConfig(blocked_domains=["a b"]))
+    bad = ["ok.example/p", "https://ok.example", "a@ok.example", "*.ok.example", "ok.example:80"]
+    with pytest.raises(InputError) as e:
+        UrlRules(UrlListConfig(blocked_domains=["ok.example", ".Other.example.", "xyz", *bad]))
+    assert [line.split(": ")[0].partition("=")[2] for line in str(e.value).split("\n")] == bad
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://u:p@h.example/x@y",
+        "http:u:p@h.example/",
+        " HTTP:/\t/u@h.example",
+        "<ftp://u:p@h.example/>",
+        "//u:p@h.example",
+    ],
+)
+def test_no_password_is_left_in_a_url(url: str) -> None:
+    bare = without_credentials(url)
+    assert "u:p" not in bare
+    assert "u@" not in bare
+    assert "h.example" in bare
+    if url.strip()[0] != "<" and url[:2] != "//":
+        assert normalize(bare, DEFAULT) == normalize(url, DEFAULT)
 
 
 def test_the_same_list_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -33,7 +33,10 @@ TRACKING_PARAMETERS = frozenset(
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _NORMAL_START = re.compile(r"https?://(?:\[[0-9a-f:.]+\]|[^\s/?#@:\\\[\]]+)(?::[0-9]{1,5})?(?:[/?]|\Z)")
-_CREDENTIALS = re.compile(r"^(\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]{2,})[^/\\?#]*@")
+_CREDENTIALS = re.compile(  # as `normalize` reads them: http(s) with any number of slashes, blanks about and within
+    r"^([\s\x00-\x20<]*(?:https?:[/\\\t\n\r]*|(?:[A-Za-z][A-Za-z0-9+.-]*:)?[/\\]{2,}))[^/\\?#]*@", re.IGNORECASE
+)
+_NOT_IN_A_DOMAIN = re.compile(r"[/\\@?#*:\s]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _C0_OR_SPACE = "".join(map(chr, range(0x21)))
 _FORBIDDEN_IN_HOST = frozenset(map(chr, range(0x21))) | frozenset('#/:<>?@[\\]^|%"`{}\x7f')  # "forbidden domain" +
@@ -132,6 +135,30 @@ def without_credentials(text: str) -> str:
     'ftp://example.com/'
     """
     return _CREDENTIALS.sub(r"\1", text)
+
+
+def domain_named(entry: str) -> str:
+    """The host that an entry of a list of domains names, in normal form; a dot before it is left out.
+
+    Raises InvalidUrl for what is no bare domain: its path, user or pattern would silently count for the whole domain.
+
+    >>> domain_named("Bücher.Example.")
+    'xn--bcher-kva.example'
+    """
+    name = entry.strip().lstrip(".")
+    if name.startswith("*."):
+        raise InvalidUrl(f"a domain stands for all below it; write {name[2:]}")
+    bad = _NOT_IN_A_DOMAIN.search(name.rpartition("]")[2] if name.startswith("[") else name)
+    if bad:
+        raise InvalidUrl(f"{bad.group()[-1]!r} is in no domain")
+    return host_of(normalize(f"http://{name}/", UrlListConfig()))
+
+
+def is_public_suffix(host: str) -> bool:
+    """Whether nobody owns all below `host`: `com`, `co.uk`, a name of one label (localhost excepted)."""
+    if host == "localhost" or ":" in host:
+        return False
+    return "." not in host or _suffixes(host, include_psl_private_domains=False).suffix == host
 
 
 def origin_of(url: str) -> str:

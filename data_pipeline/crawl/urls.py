@@ -35,6 +35,7 @@ from data_pipeline.crawl import cc_index
 from data_pipeline.crawl.spill import Spill
 from data_pipeline.crawl.url_syntax import (
     InvalidUrl,
+    domain_named,
     host_of,
     normalize,
     path_and_query,
@@ -49,6 +50,7 @@ __all__ = [
     "InvalidUrl",
     "count_urls",
     "normalize",
+    "read_domains",
     "read_url_list",
     "registrable_domain",
     "shard_of",
@@ -298,6 +300,19 @@ def _shown(text: str) -> str:
 # ---- rules ------------------------------------------------------------------------------------------------------
 
 
+def read_domains(entries: Sequence[str], setting: str) -> set[str]:
+    """The hosts that a list of domains names. Raises InputError with a line for each entry that is no bare domain."""
+    domains, faults = set(), []
+    for entry in entries:
+        try:
+            domains.add(domain_named(entry))
+        except InvalidUrl as e:
+            faults.append(f"{setting}={entry}: {e}; give a domain such as example.com")
+    if faults:
+        raise InputError("\n".join(faults))
+    return domains
+
+
 class UrlRules:
     """The list's rules over one row; all of them look at the normal form."""
 
@@ -305,12 +320,7 @@ class UrlRules:
         self.config = config
         self.extensions = {e.lower().lstrip(".") for e in config.blocked_extensions}
         self.patterns = [re.compile(p) for p in config.blocked_patterns]
-        self.domains = set()
-        for domain in config.blocked_domains:
-            try:
-                self.domains.add(host_of(normalize(f"http://{domain.strip().lstrip('.')}/", config)))
-            except InvalidUrl as e:
-                raise InputError(f"url_list.blocked_domains={domain}: {e}; give a domain such as example.com") from e
+        self.domains = read_domains(config.blocked_domains, "url_list.blocked_domains")
 
     def verdict(self, index: int, row: ListRow) -> tuple[Verdict, str]:
         """(the row's verdict before the search for duplicates, its registrable domain or "")."""
