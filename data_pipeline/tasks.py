@@ -32,6 +32,7 @@ from data_pipeline.config import (
     UrlListConfig,
 )
 from data_pipeline.crawl import fetch, rescue, robots, warc
+from data_pipeline.crawl.url_syntax import without_credentials
 from data_pipeline.crawl.warc import WarcError
 from data_pipeline.executors import tick
 from data_pipeline.layout import Corpus
@@ -94,7 +95,8 @@ def _with_changes(documents: pa.Table, changes: pa.Table) -> pa.Table:
 def index_warc_file(
     path: Path, name: str, number: int, out: Path, verdicts_out: Path, agent: str | None
 ) -> dict[str, Any]:
-    """Pages and verdicts of one WARC file; a record's index is the file's number and its place in it.
+    """Pages and verdicts of one WARC file; a record's index is the file's number and its place in it. A user name and
+    a password in a URL stay in the archive.
 
     `name` is what pages call the file: `path`, or the address that it is a copy of. Pages whose headers refuse `agent`
     are dropped as `noindex`; None: they are not looked at.
@@ -107,13 +109,14 @@ def index_warc_file(
 
     for place, record in enumerate(warc.index_warc(path, refused=refused)):
         index = number << 32 | place
-        verdicts.append(Verdict(index, record.url, record.state, record.reason, record.detail))
+        url = without_credentials(record.url)
+        verdicts.append(Verdict(index, url, record.state, record.reason, record.detail))
         if record.state == KEPT:
             pages.append(
                 {
                     "index": index,
-                    "url": record.url,
-                    "final_url": record.url,
+                    "url": url,
+                    "final_url": url,
                     "domain": record.domain,
                     "status": record.status,
                     "content_type": record.content_type,

@@ -30,6 +30,7 @@ from inline import inline_module  # noqa: F401 (a fixture that every test here u
 from data_pipeline import old_corpus, tasks
 from data_pipeline.account import what_if
 from data_pipeline.account.report import compare_domains, measure_lines, write_corpus_report
+from data_pipeline.account.why import WhyConfig, why
 from data_pipeline.bounds import check
 from data_pipeline.clean import planting
 from data_pipeline.clean.dedup import find_duplicates, sign_shard
@@ -259,6 +260,22 @@ def test_a_changed_list_redoes_its_stage(tmp_path: Path, capfd: pytest.CaptureFi
     blocked.write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8 at byte 0"):
         read_list(str(blocked), "url_list.blocked_domains_file")
+
+
+def test_a_password_in_a_datasets_url_goes_nowhere(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    url = "https://me:opensesame@secret.test/x"
+    items = [{"url": url, "domain": "me:opensesame@secret.test", "text": PROSE[0]}, *rows(PROSE[1:3], "site")]
+    config = settings(tmp_path / "out", write_lines(tmp_path / "texts.jsonl", items))
+    build_corpus(config)
+    tables = [pq.read_table(f).to_pylist() for f in (tmp_path / "out").rglob("*.parquet")]
+    assert "https://secret.test/x" in str(tables)
+    assert "opensesame" not in str(tables)
+    assert not any(b"opensesame" in f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file())
+    assert {d["domain"] for d in documents(tmp_path / "out").values()} == {"secret.test", None}
+    capfd.readouterr()
+    assert why(WhyConfig(url, config.out)) == 0
+    assert why(WhyConfig(url.replace("secret", "never"), config.out)) == 1
+    assert "opensesame" not in "".join(capfd.readouterr())
 
 
 # ── deduplication beyond one run ────────────────────────────────────────────────────────────────────────────────────

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import brotli
@@ -463,3 +464,15 @@ def test_pages_whose_headers_refuse_are_named(tmp_path: Path) -> None:
     assert pq.read_metadata(tmp_path / "pages").num_rows == 2
     index_warc_file(tmp_path / "a.warc.gz", "a", 0, tmp_path / "pages", tmp_path / "verdicts", None)
     assert pq.read_metadata(tmp_path / "pages").num_rows == 4
+
+
+def test_a_password_in_a_url_stays_in_the_archive(tmp_path: Path) -> None:
+    pages = [replace(exchange(i), url=url) for i, url in enumerate(["http://u:pass@secret.test/x", "http://Ü.test./"])]
+    write(tmp_path / "a.warc.gz", *pages)
+    index_warc_file(tmp_path / "a.warc.gz", "a", 0, tmp_path / "pages", tmp_path / "verdicts", None)
+    rows = pq.read_table(tmp_path / "pages").to_pylist()
+    assert [(r["url"], r["final_url"], r["domain"]) for r in rows] == [
+        ("http://secret.test/x", "http://secret.test/x", "secret.test"),
+        ("http://Ü.test./", "http://Ü.test./", "xn--tda.test"),
+    ]
+    assert [r["url"] for r in pq.read_table(tmp_path / "verdicts").to_pylist()] == [r["url"] for r in rows]

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.config import UrlListConfig
-from data_pipeline.crawl import urls
+from data_pipeline.crawl import url_syntax, urls
 from data_pipeline.layout import Corpus
 from data_pipeline.records import KEPT, ConfigError, InputError
 from data_pipeline.storage.place import FOR_WHY, reading
@@ -29,8 +29,8 @@ class WhyConfig:
 
 
 def find(corpus: Corpus, url: str) -> list[dict[str, Any]]:
-    """The ledger's rows of `url`, as given and as normalized."""
-    spellings = {url}
+    """The ledger's rows of `url`, as given, without a password, and as normalized."""
+    spellings = {url, url_syntax.without_credentials(url)}
     with contextlib.suppress(urls.InvalidUrl):  # such a URL stands in the ledger as it was given
         spellings.add(urls.normalize(url, UrlListConfig()))
     rows: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ def why(config: WhyConfig) -> int:
         raise InputError(f"corpus={config.corpus}: holds no ledger; run `gpt2train corpus` first")
     rows = find(corpus, config.url)
     if not rows:
-        print(f"{config.url}: never seen in {config.corpus}")
+        print(f"{url_syntax.without_credentials(config.url)}: never seen in {config.corpus}")
         return 1
     for row in rows:
         end = "" if row["state"] == KEPT else f" at {row['stage']}: {row['reason']}"

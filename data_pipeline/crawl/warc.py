@@ -12,6 +12,7 @@ ARC 1 and 2. A broken record is named and stepped over; the next one is looked f
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import os
@@ -22,8 +23,9 @@ from pathlib import Path
 
 from isal import isal_zlib
 
+from data_pipeline.config import UrlListConfig
 from data_pipeline.crawl.http.body import BodyError, content_codings, dechunk, decode_body, is_html
-from data_pipeline.crawl.url_syntax import registrable_domain
+from data_pipeline.crawl.url_syntax import InvalidUrl, host_of, normalize, registrable_domain
 from data_pipeline.crawl.warc_records import MAX_HEADER_BYTES, Archive, Record, WarcError
 from data_pipeline.records import DROPPED, FAILED, KEPT
 from data_pipeline.store import raise_storage_error, storage_errors
@@ -289,6 +291,8 @@ class WarcEntry:
 
     @property
     def domain(self) -> str:
+        with contextlib.suppress(InvalidUrl):
+            return registrable_domain(host_of(normalize(self.url, UrlListConfig())))
         host = re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://(?:[^/?#@]*@)?(\[[^\]]*\]|[^/:?#]*)", self.url)
         return registrable_domain(host.group(1).strip("[]").lower()) if host else ""
 
