@@ -59,16 +59,18 @@ class Entrance:
 
     def enter_by_urls(self, run_urls: bool, run_fetch: bool) -> None:
         source = Path(self.config.urls)
+        rules, blocked = self.config.url_list, self.config.url_list.blocked_domains_file
+        files = tuple(sorted(p for p in source.rglob("*") if p.is_file())) if source.is_dir() else (source,)
+        files += (Path(blocked),) if blocked else ()
+        if run_urls:
+            self.steps.look_at(files)
         self.steps.cut_into(self._shard_count(lambda: urls.count_urls(source, self.config.url_list)))
         corpus, numbers = self.corpus, range(self.steps.shards)
-        rules, blocked = self.config.url_list, self.config.url_list.blocked_domains_file
         if blocked and run_urls:
             more = read_list(blocked, "url_list.blocked_domains_file")
             rules = replace(rules, blocked_domains=[*rules.blocked_domains, *more])
         settings = {**plain(self.config.url_list), "shards": self.steps.shards}
         settings.pop("blocked_domains_file")  # what it says counts, not what it is called
-        files = tuple(sorted(p for p in source.rglob("*") if p.is_file())) if source.is_dir() else (source,)
-        files += (Path(blocked),) if blocked else ()
         outputs = tuple(p for k in numbers for p in (corpus.table("urls", k), corpus.verdicts("urls", k)))
         if run_urls:
             step = Step("urls", "all", corpus.folder("urls"), settings, files, outputs)
@@ -230,6 +232,7 @@ class Entrance:
                 self.steps.on_marked(step, ())
             else:
                 self.steps.reporter.say(f"extract: reading {self.config.path}{f' again: {why}' if why else ''}")
+                before = self.steps.look(step)
                 made, written, unreadable = texts.write_document_shards(
                     self.config.path,
                     self.config.text_column,
@@ -237,7 +240,7 @@ class Entrance:
                     self.config.shards,
                     rules.because if rules else None,
                 )
-                self.steps.mark(step, {"shards": made}, written)
+                self.steps.mark(step, {"shards": made}, written, before=before)
                 if unreadable:
                     self.steps.reporter.say(
                         f"extract: {unreadable:,} documents hold characters that could not be read (U+FFFD, NUL); "

@@ -311,6 +311,7 @@ class Stages:
             self.steps.on_marked(step, ())
             return
         self.steps.reporter.say(f"tokens: shuffling and packing{f' again: {why}' if why else ''}")
+        before = self.steps.look(step)
         made_from = self._made_from(step, parts)
         with self.steps.reporter.stage("tokens", sum(rows_of(p) for _, p in parts)) as counter:
             counts = write_token_shards(parts, corpus.tokens, c, made_from, counter.advance, corpus.tombstones)
@@ -318,7 +319,7 @@ class Stages:
             rewritten, stand = counts["files"] - counts["files_unchanged"], counts["files_unchanged"]
             self.steps.reporter.say(f"tokens: {rewritten:,} files written, {stand:,} stand as they were")
         del counts["files_unchanged"]  # of this run, not of the result
-        self.steps.mark(step, counts, sorted(p for p in corpus.tokens.iterdir() if p.is_file()))
+        self.steps.mark(step, counts, sorted(p for p in corpus.tokens.iterdir() if p.is_file()), before=before)
 
     def _made_from(self, step: Step, parts: Sequence[tuple[Path, Path]]) -> str:
         """sha256 hex of what the token shards are made of: settings, tokens, URLs and digests, and nothing else of the

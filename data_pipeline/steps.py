@@ -19,7 +19,16 @@ from data_pipeline.executors import Executor, Task
 from data_pipeline.layout import Corpus
 from data_pipeline.progress import Reporter
 from data_pipeline.records import InputError
-from data_pipeline.store import Hashes, Step, mark_done, prune, standing_outputs, why_not_done
+from data_pipeline.store import (
+    Hashes,
+    Step,
+    changed_while_read,
+    input_hashes,
+    mark_done,
+    prune,
+    standing_outputs,
+    why_not_done,
+)
 
 
 class Steps:
@@ -42,6 +51,7 @@ class Steps:
         """The stages that the user named; empty: all."""
         self.on_marked = on_marked
         self.hashes = Hashes()
+        self._first_seen: dict[Path, str | None] = {}
         self.shards = 0
 
     def cut_into(self, shards: int) -> None:
@@ -62,11 +72,32 @@ class Steps:
         """Names of the stages' outputs that were made of what is in the corpus now."""
         return standing_outputs([self.corpus.folder(stage) for stage in (*STAGES, "documents")], self.hashes)
 
+    def look_at(self, files: Sequence[Path]) -> None:
+        """Take the hashes of the user's `files` before they are read.
+
+        What a run was shown first is what it is made of: raises InputError when a file is another one since then.
+        """
+        for path in files:
+            digest = self.hashes.of(path)
+            if self._first_seen.setdefault(path, digest) != digest:
+                raise changed_while_read(path)
+
+    def look(self, step: Step) -> dict[str, str | None]:
+        """The inputs' hashes before the work, for `mark`. In the corpus they were taken when the inputs were made."""
+        self.look_at([path for path in step.inputs if not path.is_relative_to(self.out)])
+        return input_hashes(step, self.hashes)
+
     def mark(
-        self, step: Step, counts: Mapping[str, Any], outputs: Sequence[Path] = (), beside: Sequence[Path] = ()
+        self,
+        step: Step,
+        counts: Mapping[str, Any],
+        outputs: Sequence[Path] = (),
+        beside: Sequence[Path] = (),
+        *,
+        before: Mapping[str, str | None],
     ) -> None:
         """The step is done: write its marker, and tell whoever stores it elsewhere."""
-        mark_done(step, counts, self.hashes, outputs)
+        mark_done(step, counts, self.hashes, outputs, before)
         self.on_marked(step, beside)
 
     def by_shard(
@@ -136,11 +167,12 @@ class Steps:
         by_label = {work[step.name].label: step for step in due}
         for step in due:
             step.folder.mkdir(parents=True, exist_ok=True)
+        before = {step.name: self.look(step) for step in due}
         with self.reporter.stage(name, sum(rows(step) for step in due)) as counter:
 
             def on_done(task: Task, counts: dict[str, Any]) -> None:
                 step = by_label[task.label]
-                self.mark(step, counts, beside=beside(step))
+                self.mark(step, counts, beside=beside(step), before=before[step.name])
 
             self.executor.run(list(work.values()), on_done=on_done, on_rows=counter.advance)
             if counter.done and not quiet:

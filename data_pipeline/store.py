@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.records import CorruptionError, LockedError, StorageError
+from data_pipeline.records import CorruptionError, InputError, LockedError, StorageError
 
 # Errors of the machine, not of the program: the run ends with StorageError and goes on once they are mended.
 _MACHINE_ERRORS = {
@@ -337,11 +337,28 @@ def recorded_outputs(step: Step, marker: Mapping[str, Any]) -> tuple[Path, ...]:
     return tuple(step.folder.parent / name for name in marker.get("outputs", {}))
 
 
-def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Sequence[Path] = ()) -> None:
-    """Write the marker, last of all: `counts` is what the step says of its rows.
+def input_hashes(step: Step, hashes: Hashes) -> dict[str, str | None]:
+    """What the step is made of now, as its marker will say it: to be taken before the work, for `mark_done`."""
+    return _hashes_of(step.inputs, step, hashes)
 
-    Raises StorageError when a file that was written, maybe by another machine, is not seen here.
+
+def mark_done(
+    step: Step,
+    counts: Mapping[str, Any],
+    hashes: Hashes,
+    outputs: Sequence[Path] = (),
+    before: Mapping[str, str | None] | None = None,
+) -> None:
+    """Write the marker, last of all: `counts` is what the step says of its rows, `before` its inputs before the work.
+
+    Raises StorageError when a file that was written, maybe by another machine, is not seen here; InputError when an
+    input changed while it was read, as nobody knows what the outputs are made of. That costs a look at its size and
+    time of writing; it is read again only where these changed.
     """
+    inputs = input_hashes(step, hashes)
+    if before is not None and inputs != before:
+        names = _names(step.inputs, step)
+        raise changed_while_read(next(p for n, p in zip(names, step.inputs, strict=True) if before.get(n) != inputs[n]))
     written = _hashes_of(step.outputs or outputs, step, hashes)
     unseen = [name for name, digest in written.items() if digest is None]
     if unseen:
@@ -353,7 +370,7 @@ def mark_done(step: Step, counts: Mapping[str, Any], hashes: Hashes, outputs: Se
         "stage": step.stage,
         "version": step.version,
         "settings": dict(step.settings),
-        "inputs": _hashes_of(step.inputs, step, hashes),
+        "inputs": inputs,
         "outputs": written,
         "counts": dict(counts),
     }
@@ -374,10 +391,19 @@ def _shard_of(path: Path) -> int:
     return int(number) if number.isdecimal() else -1
 
 
+def changed_while_read(path: Path) -> InputError:
+    return InputError(f"{path}: changed while it was read; leave it as it is and run the same command again")
+
+
 def _hashes_of(paths: Sequence[Path], step: Step, hashes: Hashes) -> dict[str, str | None]:
-    """sha256 by a name that stays when the corpus is moved: below its folder the path, else number and file name."""
+    """sha256 by `_names`."""
+    return {name: hashes.of(path) for name, path in zip(_names(paths, step), paths, strict=True)}
+
+
+def _names(paths: Sequence[Path], step: Step) -> list[str]:
+    """Names that stay when the corpus is moved: below its folder the path, else number and file name."""
     corpus = step.folder.parent
-    return {
-        path.relative_to(corpus).as_posix() if path.is_relative_to(corpus) else f"{i}:{path.name}": hashes.of(path)
+    return [
+        path.relative_to(corpus).as_posix() if path.is_relative_to(corpus) else f"{i}:{path.name}"
         for i, path in enumerate(paths)
-    }
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from corpora import files_of, warc_pages, write_texts
 from inline import inline, work_inline  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline import stages, tasks, token_shards
+from data_pipeline import texts as datasets
 from data_pipeline.account.ledger import why_nothing_is_left
 from data_pipeline.account.report import write_corpus_report
 from data_pipeline.account.why import WhyConfig, why
@@ -37,6 +39,7 @@ from data_pipeline.config import (
     Source,
     TokenizeConfig,
 )
+from data_pipeline.crawl import urls
 from data_pipeline.executors import stopped_by_sigterm
 from data_pipeline.layout import Corpus, read_config
 from data_pipeline.pipeline import build_corpus
@@ -214,6 +217,45 @@ def test_files_that_are_not_there_are_named_together_before_any_work(config: Cor
         assert all("none" in line and ";" in line for line in lines)
         assert not Path(config.out).exists()
     build_corpus(replace(config, quality=later["quality"], stages=["extract"]))  # a stage that does not read it
+
+
+@pytest.mark.parametrize("read_by", ["urls", "extract", "filter", "decontaminate"])
+def test_an_input_that_changes_while_it_is_read_is_no_result(
+    config: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_by: str
+) -> None:
+    """Its new content is in the file when the step ends, and its old one in what the step made."""
+    file, stages = tmp_path / "list.txt", [read_by]
+    file.write_text("https://a.test/1\nhttps://b.test/2\n" if read_by == "urls" else "one two three\n")
+    changed = file
+    if read_by == "urls":
+        config = replace(config, source=Source.urls, urls=str(file))
+        where: tuple[object, str] = (urls, "write_url_shards")
+    elif read_by == "extract":
+        changed, where = Path(config.path), (datasets, "write_document_shards")
+    else:
+        stages = [*STAGES[2 : STAGES.index(read_by) + 1]]
+        config.quality.blocked_words_file = str(file) if read_by == "filter" else ""
+        config.decontaminate.paths = [str(file)] if read_by == "decontaminate" else []
+        where = (tasks, "filter_documents" if read_by == "filter" else "decontaminate")
+    config.stages = stages
+    with monkeypatch.context() as patch:
+        work = getattr(*where)
+
+        def change_after(*arguments: Any) -> Any:
+            made = work(*arguments)
+            changed.write_bytes(changed.read_bytes() + b"\n")
+            return made
+
+        patch.setattr(*where, change_after)
+        with pytest.raises(InputError, match=f"{changed.name}: changed while it was read; leave it as it is"):
+            build_corpus(config)
+    assert not list((tmp_path / "out" / read_by).glob("*.done.json"))
+    os.utime(changed)
+    build_corpus(config)
+    os.utime(changed, ns=(0, 0))  # the same bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, None)  # would raise
+        build_corpus(config)
 
 
 def test_a_take_down_looks_at_its_files_first(config: CorpusConfig, tmp_path: Path) -> None:
