@@ -25,6 +25,7 @@ from data_pipeline.records import CorruptionError, InputError
 from data_pipeline.steps import Steps, plain, rows_of
 from data_pipeline.store import (
     Step,
+    archives_changed,
     read_json,
     read_marker,
     read_signed,
@@ -150,6 +151,7 @@ class Entrance:
         files = _warc_files("fetch.rescue", Path(self.config.fetch.rescue))
         parts, steps, index = self._warc_index(files, self.corpus.folder("rescue"), heed=False)
         _forget_files(self.corpus.folder("rescue"), len(files))
+        self._adopt(steps, files)
         self.steps.run("rescue", steps, index, quiet=True)
         outputs = [self.corpus.table("rescue", k) for k in range(self.steps.shards)]
         pages = [page for page, _ in parts]
@@ -165,7 +167,12 @@ class Entrance:
         parts, steps, index = self._warc_index(files, folder, heed=self.config.fetch.respect_noai)
         if run_fetch:
             _forget_files(folder, len(files))
+            self._adopt(steps, files)
             self.steps.run("index", steps, index)
+        elif "extract" in self.config.stages:
+            for step in steps:
+                if others := archives_changed(step, read_marker(step) or {}, self.steps.hashes):
+                    raise InputError(f"path={others[0]}: is another file than the one that was indexed; add fetch")
         self.steps.require("extract", [p for part in parts for p in part], "fetch")
         self.steps.cut_into(self._shard_count(lambda: sum(rows_of(v) for _, v in parts)))
         outputs = tuple(
@@ -183,7 +190,7 @@ class Entrance:
         """(page and verdict tables, steps, step → task) of an index of WARC files, one step a file. `heed`: drop
         pages whose own headers refuse to be taken; a rescued page is looked at when it is taken.
 
-        WARC files are large: their size stands for them here, each record's digest is checked when it is read.
+        WARC files are large: the task hashes them, and the marker's `archives` tell whether to do so again.
         """
         agent = self.config.fetch.user_agent if heed else None
         parts = [
@@ -208,6 +215,24 @@ class Entrance:
             return Task(f"index {files[i].name}", tasks.index_warc_file, arguments)
 
         return parts, steps, index
+
+    def _adopt(self, steps: Sequence[Step], files: Sequence[Path]) -> None:
+        """Markers of the version before knew a WARC file by its size alone: from now on also by its time of writing.
+
+        They have no hash to compare, so one that was written after its marker, or is written later, is indexed again;
+        where that gives the same rows, nothing behind it is done again.
+        """
+        for step, path in zip(steps, files, strict=True):
+            marker = read_marker(step)
+            if marker is None or "archives" in marker:
+                continue
+            stat = path.stat()
+            if stat.st_mtime_ns > step.marker.stat().st_mtime_ns:
+                step.marker.unlink()
+                self.steps.reporter.say(f"index: {path.name} again: written since, and no hash of it was kept")
+                continue
+            seen = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": None}
+            write_signed({**marker, "archives": {self._name(path): seen}}, step.marker)
 
     def _name(self, path: Path) -> str:
         """What an input is called for good: its address where it is a copy, else its path."""

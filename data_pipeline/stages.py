@@ -26,7 +26,16 @@ from data_pipeline.layout import Corpus
 from data_pipeline.pack import remove_token_shards, write_token_shards
 from data_pipeline.records import CorruptionError
 from data_pipeline.steps import Steps, plain, rows_of
-from data_pipeline.store import Step, read_json, stands_but_for, why_not_done, would_be_the_same
+from data_pipeline.store import (
+    Step,
+    corruption_errors,
+    look_at_archive,
+    read_json,
+    read_marker,
+    stands_but_for,
+    why_not_done,
+    would_be_the_same,
+)
 from data_pipeline.token_shards import fingerprint
 
 LEAST_PART_ROWS = 64
@@ -69,14 +78,15 @@ class Stages:
             )
             for k in range(self.steps.shards)
         ]
+        self._try_damaged_pages_again(steps)
         lighter = {k for k in forgotten if stands_but_for(steps[k], "forgotten", self.steps.hashes)}
-        parts = self._extract_parts([step for k, step in enumerate(steps) if k not in lighter])
+        parts, damaged = self._extract_parts([step for k, step in enumerate(steps) if k not in lighter])
 
         def task(k: int) -> tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]:
             if k in lighter:
-                return tasks.forget_pages, (self.out, k)
+                return tasks.forget_pages, (self.out, k, _archives(steps[k]))
             if k in parts:
-                return tasks.join_extracted, (self.out, k, parts[k])
+                return tasks.join_extracted, (self.out, k, parts[k], damaged[k])
             return tasks.extract_pages, (self.out, k, self.config.extract, languages)
 
         self.steps.by_shard(
@@ -90,14 +100,34 @@ class Stages:
         )
         shutil.rmtree(self.corpus.folder("extract_parts"), ignore_errors=True)
 
+    def _try_damaged_pages_again(self, steps: Sequence[Step]) -> None:
+        """Once, for markers of the version before, which did not remember the files that pages could not be read of."""
+        again = 0
+        for k, step in enumerate(steps):
+            marker, verdicts = read_marker(step), self.corpus.verdicts("extract", k)
+            if marker is None or "archives" in marker or not marker["counts"].get("failed") or not verdicts.exists():
+                continue
+            with corruption_errors(verdicts):
+                names = tasks.damaged_archives(self.corpus.table("fetch", k), verdicts)
+            if names and all(look_at_archive(step, name)[1] for name in names):
+                step.marker.unlink()
+                again += 1
+        if again:
+            self.steps.reporter.say(
+                f"extract: {again} of {len(steps)} shards again, once: they have pages of damaged WARC files"
+            )
+
     def _languages(self) -> list[str]:
         """The languages that extraction looks for; empty: it takes all."""
         return sorted(self.config.language.keep) if self.config.extract.skip_other_languages else []
 
-    def _extract_parts(self, steps: Sequence[Step]) -> dict[int, list[tuple[Path, Path]]]:
+    def _extract_parts(
+        self, steps: Sequence[Step]
+    ) -> tuple[dict[int, list[tuple[Path, Path]]], dict[int, dict[str, Any]]]:
         """Extract shards that are much larger than the others in parts, so that all workers share a large domain.
 
-        Returns for each such shard its parts' files, which stand until the shard is joined.
+        Returns for each such shard its parts' files, which stand until the shard is joined, and what their markers say
+        of damaged archives.
         """
         folder = self.corpus.folder("extract_parts")
         rows = [rows_of(self.corpus.table("fetch", k)) for k in range(self.steps.shards)]
@@ -127,7 +157,10 @@ class Stages:
 
         if work:
             self.steps.run("extract", work, make, rows=lambda step: place[step.name][2])
-        return parts
+        damaged: dict[int, dict[str, Any]] = {k: {} for k in parts}
+        for step in work:
+            damaged[place[step.name][0]] |= _archives(step)
+        return parts, damaged
 
     def _forgotten(self) -> dict[int, dict[str, str]]:
         """For each shard with rows that were taken down, what to tell them by."""
@@ -336,3 +369,8 @@ class Stages:
         parted = [[self.steps.hashes.of(path) for path in part] for part in parts]
         identity = {"settings": dict(step.settings), "parts": parted}
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _archives(step: Step) -> dict[str, Any]:
+    """The archives that the step's marker remembers."""
+    return dict((read_marker(step) or {}).get("archives", {}))

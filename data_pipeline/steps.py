@@ -26,6 +26,7 @@ from data_pipeline.store import (
     input_hashes,
     mark_done,
     prune,
+    renew,
     standing_outputs,
     why_not_done,
 )
@@ -151,6 +152,7 @@ class Steps:
         due = [step for step in steps if reasons[step.name] is not None]
         for step in steps:
             if reasons[step.name] is None:  # maybe a killed run came no further than its marker
+                renew(step)
                 self.on_marked(step, beside(step))
         again: dict[str, list[str]] = {}
         for step in due:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipeline.layout import Corpus
 from data_pipeline.records import CorruptionError, InputError, LockedError, StorageError
 
 # Errors of the machine, not of the program: the run ends with StorageError and goes on once they are mended.
@@ -289,7 +290,60 @@ def _what_changed(step: Step, marker: Mapping[str, Any], hashes: Hashes) -> str:
         old = marker.get("inputs", {})
         changed = [k for k in sorted({*old, *inputs}) if old.get(k) != inputs.get(k)]
         return f"input changed: {', '.join(changed[:3])}{' …' if len(changed) > 3 else ''}"
+    if others := archives_changed(step, marker, hashes):
+        return f"archive changed: {', '.join(others[:3])}{' …' if len(others) > 3 else ''}"
     return ""
+
+
+def describe_archive(path: Path) -> dict[str, Any]:
+    """What tells a WARC file from another: {"bytes", "mtime_ns", "sha256"}. Raises InputError if it changes meanwhile.
+
+    sha256 of the whole: whoever asks has just read it, so it comes from memory and costs a tenth of indexing it.
+    """
+    before = path.stat()
+    digest = sha256_file(path)
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise changed_while_read(path)
+    return {"bytes": after.st_size, "mtime_ns": after.st_mtime_ns, "sha256": digest}
+
+
+def archives_changed(step: Step, marker: Mapping[str, Any], hashes: Hashes) -> list[str]:
+    """Those of the marker's `archives` that hold something else now.
+
+    Size and time of writing are enough while they are the same, so that terabytes are not read at every start; one that
+    was only touched is read once (`renew`). One that is not there has not changed: what was made of it stands.
+    """
+    changed = []
+    for name, seen in marker.get("archives", {}).items():
+        path, now = look_at_archive(step, name)
+        if now is None or now == (seen["bytes"], seen["mtime_ns"]):
+            continue
+        if now[0] != seen["bytes"] or hashes.of(path) != seen["sha256"]:
+            changed.append(name)
+    return changed
+
+
+def renew(step: Step) -> None:
+    """Write the marker of a step that stands with the times at which its archives were touched since."""
+    marker = read_marker(step)
+    if marker is None or not marker.get("archives"):
+        return
+    times = {name: now[1] for name in marker["archives"] if (now := look_at_archive(step, name)[1])}
+    archives = {n: {**seen, "mtime_ns": times.get(n, seen["mtime_ns"])} for n, seen in marker["archives"].items()}
+    if archives != marker["archives"]:
+        write_signed({**marker, "archives": archives}, step.marker)
+
+
+def look_at_archive(step: Step, name: str) -> tuple[Path, tuple[int, int] | None]:
+    """Where an archive lies, its bytes and time of writing; None: it is not there."""
+    path = Path(name)
+    try:
+        path = Corpus(step.folder.parent).archive(name)
+        stat = path.stat()
+    except FileNotFoundError:
+        return path, None
+    return path, (stat.st_size, stat.st_mtime_ns)
 
 
 def would_be_the_same(step: Step, hashes: Hashes) -> bool:
@@ -351,6 +405,9 @@ def mark_done(
 ) -> None:
     """Write the marker, last of all: `counts` is what the step says of its rows, `before` its inputs before the work.
 
+    `archives` among the counts: WARC files that the result depends on, by the names that pages give them, each as
+    `describe_archive` saw it; the step is due again when one of them is another file.
+
     Raises StorageError when a file that was written, maybe by another machine, is not seen here; InputError when an
     input changed while it was read, as nobody knows what the outputs are made of. That costs a look at its size and
     time of writing; it is read again only where these changed.
@@ -372,8 +429,10 @@ def mark_done(
         "settings": dict(step.settings),
         "inputs": inputs,
         "outputs": written,
-        "counts": dict(counts),
+        "counts": {name: count for name, count in counts.items() if name != "archives"},
     }
+    if "archives" in counts:
+        marker["archives"] = counts["archives"]
     write_signed(marker, step.marker)
 
 

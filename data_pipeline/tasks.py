@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +43,12 @@ from data_pipeline.records import (
     KEPT,
     PAGE_SCHEMA,
     VERDICT_SCHEMA,
+    InputError,
     Verdict,
     numbers_to_json,
     verdict_table,
 )
-from data_pipeline.store import write_json, write_table
+from data_pipeline.store import changed_while_read, describe_archive, storage_errors, write_json, write_table
 
 CHANGES_SCHEMA = pa.schema([("index", pa.int64()), ("language", pa.string()), ("text", pa.large_string())])
 
@@ -101,6 +102,7 @@ def index_warc_file(
     `name` is what pages call the file: `path`, or the address that it is a copy of. Pages whose headers refuse `agent`
     are dropped as `noindex`; None: they are not looked at.
     """
+    begun = path.stat()
     pages: list[dict[str, Any]] = []
     verdicts: list[Verdict] = []
 
@@ -129,7 +131,10 @@ def index_warc_file(
         tick(1)
     write_table(pa.Table.from_pylist(pages, schema=PAGE_SCHEMA), out)
     write_table(verdict_table(verdicts), verdicts_out)
-    return {"rows": len(verdicts)}
+    seen = describe_archive(path)
+    if (begun.st_size, begun.st_mtime_ns) != (seen["bytes"], seen["mtime_ns"]):
+        raise changed_while_read(path)
+    return {"rows": len(verdicts), "archives": {name: seen}}
 
 
 def fetch_group(
@@ -182,19 +187,34 @@ def extract_rows(
 ) -> dict[str, Any]:
     """Documents and verdicts of `rows` pages (None: all) of shard `k`, from row `start` on.
 
-    `languages`: pages surely in none of them are left out; empty: all are taken.
+    `languages`: pages surely in none of them are left out; empty: all are taken. A record that cannot be read costs its
+    page, and the marker remembers the file, so that the shard is due again once that is mended. Raises InputError when
+    a whole file is missing.
     """
     corpus = Corpus(out)
+    damaged: dict[str, dict[str, Any]] = {}
 
     def read_body(page: dict[str, Any]) -> tuple[bytes, str] | Rejected:
         tick(1)
+        name, offset = page["warc_file"], page["warc_offset"]
         try:
-            response = warc.read_response(corpus.archive(page["warc_file"]), page["warc_offset"])
-        except (WarcError, FileNotFoundError) as e:
-            return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: {e}", {})
-        if hashlib.sha256(response.body).hexdigest() != page["payload_digest"]:
-            return Rejected(FAILED, "warc_damaged", f"{page['warc_file']} at {page['warc_offset']}: other bytes", {})
-        return response.body, response.content_type
+            path = corpus.archive(name)
+            with storage_errors(path):
+                response = warc.read_response(path, offset)
+        except FileNotFoundError:
+            raise InputError(
+                f"{name}: is not there, and pages of it are to be extracted; put it back where it was, then run the "
+                f"same command again"
+            ) from None
+        except WarcError as e:
+            fault = str(e)
+        else:
+            if hashlib.sha256(response.body).hexdigest() == page["payload_digest"]:
+                return response.body, response.content_type
+            fault = "other bytes"
+        if name not in damaged:
+            damaged[name] = describe_archive(path)
+        return Rejected(FAILED, "warc_damaged", f"{name} at {offset}: {fault}", {})
 
     pages = pq.read_table(corpus.table("fetch", k)).slice(start, rows)
     forgotten = (forget.read_forget_list(corpus) or forget.ForgetList(frozenset(), {})).rows(pages)
@@ -207,20 +227,36 @@ def extract_rows(
     verdicts = pa.concat_tables([verdicts, taken_down]).sort_by("index")
     write_table(documents, outputs[0])
     write_table(verdicts, outputs[1])
-    return count_states(verdicts)
+    return {**count_states(verdicts), "archives": damaged}
 
 
-def join_extracted(out: Path, k: int, parts: Sequence[tuple[Path, Path]]) -> dict[str, Any]:
-    """The parts of a large shard, in their order: the same tables that `extract_pages` would have made in one go."""
+def damaged_archives(pages: Path, verdicts: Path) -> set[str]:
+    """The WARC files of which records of a shard could not be read when it was extracted."""
+    rows = pq.read_table(verdicts, columns=["index", "reason"])
+    failed = rows.filter(pc.equal(rows["reason"], "warc_damaged"))["index"].combine_chunks()
+    table = pq.read_table(pages, columns=["index", "warc_file"])
+    return set(table.filter(pc.is_in(table["index"], value_set=failed))["warc_file"].to_pylist())
+
+
+def join_extracted(
+    out: Path, k: int, parts: Sequence[tuple[Path, Path]], archives: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The parts of a large shard, in their order: the same tables that `extract_pages` would have made in one go.
+
+    `archives`: the damaged ones that the parts' markers remember; the shard's does from now on.
+    """
     corpus = Corpus(out)
     verdicts = pa.concat_tables([pq.read_table(v) for _, v in parts])
     write_table(pa.concat_tables([pq.read_table(d) for d, _ in parts]), corpus.table("extract", k))
     write_table(verdicts, corpus.verdicts("extract", k))
-    return count_states(verdicts)
+    return {**count_states(verdicts), "archives": dict(archives)}
 
 
-def forget_pages(out: Path, k: int) -> dict[str, Any]:
-    """Take forgotten rows out of what was extracted: the same tables that extraction would make now, without it."""
+def forget_pages(out: Path, k: int, archives: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Take forgotten rows out of what was extracted: the same tables that extraction would make now, without it.
+
+    `archives`: the damaged ones that the shard's marker remembers.
+    """
     corpus = Corpus(out)
     rules = forget.read_forget_list(corpus)
     assert rules is not None
@@ -231,7 +267,7 @@ def forget_pages(out: Path, k: int) -> dict[str, Any]:
     write_table(documents.filter(pc.invert(gone)), corpus.table("extract", k))
     write_table(verdicts, corpus.verdicts("extract", k))
     tick(verdicts.num_rows)
-    return count_states(verdicts)
+    return {**count_states(verdicts), "archives": dict(archives)}
 
 
 def filter_documents(out: Path, k: int, languages: LanguageConfig, rules: QualityConfig) -> dict[str, Any]:

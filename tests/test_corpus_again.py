@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from data_pipeline.config import (
     CorpusReportConfig,
     DecontaminateConfig,
     DedupConfig,
+    ExtractConfig,
     LanguageConfig,
     QualityConfig,
     Source,
@@ -115,6 +117,123 @@ def test_so_many_shards_are_refused() -> None:
     assert check(CorpusConfig(urls="x", shards=10_000)) == []
     (fault,) = check(CorpusConfig(urls="x", shards=100_000))
     assert fault == "shards=100000: must lie in [0, 10,000], where 0 is automatic; leave it out"
+
+
+# ── WARC files that change ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def archive(config: CorpusConfig, tmp_path: Path) -> tuple[CorpusConfig, Path, list[int]]:
+    """A corpus of six pages in one WARC file, that file, and where its pages begin."""
+    path = tmp_path / "warcs" / "pages.warc.gz"
+    path.parent.mkdir()
+    offsets = warc_pages(path, {f"https://site{i}.test/{i}": text for i, text in enumerate(PROSE)})
+    config = replace(config, source=Source.warc, path=str(path.parent))
+    build_corpus(config)
+    return config, path, [*offsets.values()]
+
+
+def reasons(out: str) -> dict[str, int]:
+    return dict(json.loads(Path(out, "summary.json").read_text())["stages"][1]["reasons"])
+
+
+def without_archives(marker: Path) -> None:
+    """As the version before wrote it."""
+    done = read_signed(marker)
+    assert done
+    times = marker.stat().st_atime_ns, marker.stat().st_mtime_ns
+    done.pop("archives")
+    write_signed(done, marker)
+    os.utime(marker, ns=times)
+
+
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_pages_of_a_damaged_warc_file_come_back_with_it(
+    archive: tuple[CorpusConfig, Path, list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    in_parts: bool,
+) -> None:
+    config, path, _ = archive
+    whole, time_ns = path.read_bytes(), path.stat().st_mtime_ns
+    if in_parts:
+        monkeypatch.setattr(stages, "LEAST_PART_ROWS", 1)
+    other = replace(config, extract=ExtractConfig(min_characters=101))
+    path.write_bytes(whole[:-2_000] + bytes(2_000))
+    os.utime(path, ns=(time_ns, time_ns))  # rot, not a new file
+    build_corpus(other)
+    assert reasons(config.out) == {"failed:warc_damaged": 1}
+    capfd.readouterr()
+    build_corpus(other)  # nothing has changed: nothing is done again
+    assert " again" not in capfd.readouterr().err
+    marker = next(p for p in Path(config.out, "extract").glob("*.done.json") if (read_signed(p) or {}).get("archives"))
+    path.write_bytes(whole)
+    time_ns = path.stat().st_mtime_ns
+    build_corpus(other)
+    assert f"extract: 1 of 3 shards again: archive changed: {path}" in capfd.readouterr().err
+    assert reasons(config.out) == {}
+    fresh = replace(other, out=f"{config.out}.fresh")
+    build_corpus(fresh)
+    assert files_of(Path(config.out)) == files_of(Path(fresh.out))
+    # The version before did not remember the file: such a shard is tried once more.
+    path.write_bytes(whole[:-2_000] + bytes(2_000))
+    os.utime(path, ns=(time_ns, time_ns))
+    build_corpus(config)
+    assert reasons(config.out) == {"failed:warc_damaged": 1}
+    without_archives(marker)
+    path.write_bytes(whole)
+    os.utime(path, ns=(time_ns, time_ns))
+    capfd.readouterr()
+    build_corpus(config)
+    assert "extract: 1 of 3 shards again, once: they have pages of damaged WARC files" in capfd.readouterr().err
+    assert reasons(config.out) == {}
+
+
+def test_a_warc_file_that_is_missing_is_named_and_costs_no_page(archive: tuple[CorpusConfig, Path, list[int]]) -> None:
+    config, path, _ = archive
+    second = path.with_name("a.warc.gz")
+    warc_pages(second, {f"https://second.test/{i}": text for i, text in enumerate(PROSE)})
+    build_corpus(config)
+    whole = files_of(Path(config.out))
+    path.rename(path.with_suffix(".away"))
+    extract = replace(config, extract=ExtractConfig(min_characters=101), stages=["extract"])
+    with pytest.raises(InputError, match=r"pages\.warc\.gz: is not there, and pages of it are to be extracted; put it"):
+        build_corpus(extract)
+    build_corpus(replace(config, stages=["extract"]))
+    later = [*STAGES[STAGES.index("filter") :]]
+    build_corpus(replace(config, quality=QualityConfig(min_words=5), stages=later))  # needs no page
+    path.with_suffix(".away").rename(path)
+    build_corpus(config)
+    assert files_of(Path(config.out)) == whole
+
+
+@pytest.mark.parametrize("of_before", [False, True])
+def test_a_warc_file_replaced_by_one_of_the_same_size_is_noticed(
+    archive: tuple[CorpusConfig, Path, list[int]], capfd: pytest.CaptureFixture[str], of_before: bool
+) -> None:
+    config, path, offsets = archive
+    index = Path(config.out, "fetch", "file_00000.done.json")
+    if of_before:
+        without_archives(index)
+    build_corpus(config)
+    os.utime(path, ns=(0, 5 * 10**9))
+    capfd.readouterr()
+    build_corpus(config)  # touched: read, but nothing behind it is done again
+    said = capfd.readouterr().err
+    assert (" again" in said) is of_before
+    assert "extract: finished before" in said
+    assert (read_signed(index) or {})["archives"][str(path)]["mtime_ns"] == 5 * 10**9
+    whole, ends = path.read_bytes(), [*offsets, path.stat().st_size]
+    pages = [whole[begin:end] for begin, end in pairwise(ends)]
+    path.write_bytes(b"".join(reversed(pages)))
+    assert path.stat().st_size == len(whole)
+    with pytest.raises(InputError, match=r"path=.*pages\.warc\.gz: is another file than the one that was indexed"):
+        build_corpus(replace(config, stages=["extract"], extract=ExtractConfig(min_characters=101)))
+    build_corpus(config)
+    assert reasons(config.out) == {}
+    fresh = replace(config, out=f"{config.out}.fresh")
+    build_corpus(fresh)
+    assert files_of(Path(config.out)) == files_of(Path(fresh.out))
 
 
 # ── some stages only ────────────────────────────────────────────────────────────────────────────────────────────────
