@@ -4,7 +4,8 @@
 
 Chosen: pebble's pool. A worker that is killed or runs out of memory costs one task, which is tried again in a new
 worker; `concurrent.futures` breaks as a whole there. Results do not depend on the number of workers: a task reads and
-writes only its own files. Workers watch their parent and die with it, so that `kill -9` leaves no orphan.
+writes only its own files. Workers watch their parent and die with it, so that `kill -9` leaves no orphan. They are
+started by a fork server; when that dies, nobody hears of their ends any more, so the run ends, too, and says why.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -27,6 +30,11 @@ from data_pipeline.records import PipelineError, StoppedError
 
 TRIES = 3
 """A task whose worker dies is tried this often in all."""
+
+POLL_S = 0.5
+"""How often it is looked whether those live on whom workers, or this process, depend."""
+STOP_S = 20.0
+"""How long a run that ends with an error waits for its workers' ends."""
 
 _END = b"end"
 _hear: Callable[[int], None] | None = None
@@ -112,6 +120,8 @@ class LocalExecutor:
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
+        self._server: int | None = None
+        """The fork server's process, once there is one."""
         self._on_rows: Callable[[int], None] = lambda rows: None
         context = multiprocessing.get_context("forkserver")
         self._receiver, self._sender = context.Pipe(duplex=False)
@@ -129,7 +139,9 @@ class LocalExecutor:
             self._pool.close()
         else:
             self._pool.stop()
-        self._pool.join()
+        closing = threading.Thread(target=self._pool.join, daemon=True)
+        closing.start()
+        closing.join(None if kind is None else STOP_S)  # a broken pool may wait for workers that are no more
         self._sender.send_bytes(_END)
         self._drain.join()
         self._sender.close()
@@ -146,7 +158,7 @@ class LocalExecutor:
         self._on_rows = on_rows
         running: dict[Future[dict[str, Any]], tuple[Task, int]] = {self._schedule(t): (t, 1) for t in tasks}
         while running:
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
             for future in done:
                 task, tries = running.pop(future)
                 try:
@@ -157,11 +169,37 @@ class LocalExecutor:
                             f"{task.label}: its worker died {TRIES} times ({e}); give fewer workers if memory is short"
                         ) from e
                     running[self._schedule(task)] = (task, tries + 1)
+                except BrokenProcessPool as e:
+                    raise self._broken(e) from e
                 else:
                     on_done(task, result)
+            if running:
+                self._require_server()
 
     def _schedule(self, task: Task) -> Future[dict[str, Any]]:
-        return self._pool.schedule(task.function, args=list(task.arguments))
+        try:
+            future: Future[dict[str, Any]] = self._pool.schedule(task.function, args=list(task.arguments))
+        except (RuntimeError, OSError, EOFError) as e:  # the pool's own words, or a server that does not answer
+            raise self._broken(e) from e
+        if self._server is None:
+            self._server = getattr(forkserver._forkserver, "_forkserver_pid", None)
+        return future
+
+    def _require_server(self) -> None:
+        """Raise PipelineError unless the fork server that workers came from lives, and the pool works."""
+        if self._server is not None:
+            try:  # without reaping it, which is multiprocessing's to do
+                ended = os.waitid(os.P_PID, self._server, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+            except ChildProcessError:  # reaped already
+                ended = True
+            if ended:
+                raise self._broken(f"process {self._server}, which starts them, was killed")
+        if not self._pool.active:
+            raise self._broken("their pool broke")
+
+    def _broken(self, why: object) -> PipelineError:
+        why = str(why) or f"{type(why).__name__}: the process that starts them ended"
+        return PipelineError(f"workers were lost ({why}); what is finished stands, run the same command again to go on")
 
     def _hear_ticks(self) -> None:
         while (message := self._receiver.recv_bytes()) != _END:
@@ -176,8 +214,11 @@ def _start_worker(sender: Connection) -> None:
 
 
 def _die_with_parent() -> None:
-    """PR_SET_PDEATHSIG would wait for the fork server, which lives as long as its children do."""
+    """Or with the fork server. PR_SET_PDEATHSIG would hear of that alone, and it lives as long as its children do."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
+    server = os.getppid()
+    while not multiprocessing.connection.wait([parent.sentinel], timeout=POLL_S):
+        if os.getppid() != server:  # nobody waits for what this process does any more
+            break
     os.kill(os.getpid(), signal.SIGKILL)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,38 @@ def test_faults_come_through_as_a_list() -> None:
         executor.run([Task("bad", refuse_all)], on_done=lambda task, result: None)
     assert error.value.faults == ["a=1: wrong", "b=2: wrong too"]
     assert str(error.value) == "a=1: wrong\nb=2: wrong too"
+
+
+def linger(folder: str, n: int) -> dict[str, Any]:
+    (Path(folder) / f"{n}.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+    return {}
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_fork_server_ends_the_run_with_its_name(tmp_path: Path, kind: signal.Signals) -> None:
+    """In the middle of a stage, with more tasks than a pipe holds waiting behind those at work."""
+    pids: list[int] = []
+
+    def kill() -> None:
+        while len(pids) < 2:
+            pids[:] = [int(text) for p in tmp_path.glob("*.pid") if (text := p.read_text())]
+            time.sleep(0.02)
+        os.kill(int(Path(f"/proc/{pids[0]}/stat").read_text().rsplit(")", 1)[1].split()[1]), kind)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    tasks = [Task(str(n), linger, (str(tmp_path), n)) for n in range(2_000)]
+    began = time.monotonic()
+    with pytest.raises(PipelineError, match=r"workers were lost .*run the same command again"), LocalExecutor(2) as e:
+        e.run(tasks, on_done=lambda task, result: None)
+    killer.join()
+    while any(alive(pid) for pid in pids):
+        assert time.monotonic() - began < 120, "a worker outlived its fork server"
+        time.sleep(0.05)
+    assert time.monotonic() - began < 120
+    with LocalExecutor(1) as executor:  # and the next run has a server of its own
+        executor.run([Task("next", square, (3,))], on_done=lambda task, result: None)
 
 
 PARENT = """
