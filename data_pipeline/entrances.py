@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_pipeline import forget, old_corpus, tasks, texts
 from data_pipeline.config import CorpusConfig, Source
@@ -114,9 +115,19 @@ class Entrance:
             work = [Task("fetch", tasks.fetch_group, (g, *arguments)) for g in groups]
             total = sum(rows_of(corpus.table("urls", s.number)) for s in due)
             with self.steps.reporter.stage("fetch", total) as counter:
-                self.steps.executor.run(work, on_done=lambda task, result: None, on_rows=counter.advance)
+                decided = 0
+
+                def on_done(_task: Task, result: dict[str, Any]) -> None:
+                    nonlocal decided
+                    decided += result["decided"]
+
+                self.steps.executor.run(work, on_done=on_done, on_rows=counter.advance)
                 if counter.done:
-                    self.steps.reporter.say(f"fetch: {counter.done:,} URLs, {counter.rate:,.0f}/s")
+                    before = f", {counter.done - decided:,} of them decided before" if decided < counter.done else ""
+                    rate = counter.rate * decided / counter.done
+                    self.steps.reporter.say(f"fetch: {counter.done:,} URLs{before}, {rate:,.1f}/s")
+        else:
+            self.steps.reporter.say("fetch: finished before, nothing to do")
         retry.end_round(folder)
         by_name = {step.name: shard for shard, step in zip(shards, steps, strict=True)}
 
@@ -212,7 +223,7 @@ class Entrance:
         def index(step: Step) -> Task:
             i = place[step.name]
             arguments = (files[i], self._name(files[i]), i, *parts[i], agent)
-            return Task(f"index {files[i].name}", tasks.index_warc_file, arguments)
+            return Task(f"index {step.name} ({files[i].name})", tasks.index_warc_file, arguments)
 
         return parts, steps, index
 

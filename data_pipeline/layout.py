@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
-if TYPE_CHECKING:
-    from data_pipeline.config import CorpusConfig
+from data_pipeline.config import STAGES, CorpusConfig
 
 ADDRESSES = ".addresses.json"
 """Address → local copy, of the inputs in a bucket that the run under way has."""
@@ -110,6 +110,34 @@ class Corpus:
         return self.out / "report.html"
 
 
+OWN_NAMES = frozenset(
+    {*STAGES, "warc", "rescue", "documents", "ledger", "tokens", "README.md"}
+    | {"config.yaml", "shards.json", "summary.json", "report.html"}
+)
+"""What a corpus has in its folder and writes over; `forget.json` may lie there before it."""
+
+
+def others_names(out: Path) -> list[str]:
+    """Names of OWN_NAMES that something else has in the folder `out`, sorted; none where a corpus was begun, or where
+    there is no folder."""
+    if not out.is_dir():
+        return []
+    names = sorted(OWN_NAMES & {path.name for path in out.iterdir()})
+    return [] if not names or _was_begun(Corpus(out)) else names
+
+
+def _was_begun(corpus: Corpus) -> bool:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if any(any(corpus.folder(stage).glob("*.done.json")) for stage in (*STAGES, "documents")):
+        return True
+    with contextlib.suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
+        return {"source", "stages", "recipe"} <= set(OmegaConf.load(corpus.config))
+    return any(corpus.folder("warc").glob("[0-9][0-9][0-9][0-9][0-9]*-[0-9][0-9][0-9].warc.gz"))
+
+
 def config_text(config: CorpusConfig) -> str:
     """The settings as YAML that `read_config` reads back letter by letter."""
     from omegaconf import OmegaConf
@@ -132,7 +160,6 @@ def read_config(corpus: Corpus) -> CorpusConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from data_pipeline.config import CorpusConfig
     from data_pipeline.records import InputError
 
     try:

@@ -25,7 +25,7 @@ from data_pipeline.bounds import check
 from data_pipeline.config import STAGES, CorpusConfig, Executor, Source
 from data_pipeline.entrances import Entrance, check_inputs
 from data_pipeline.executors import Task
-from data_pipeline.layout import Corpus, config_text, read_config
+from data_pipeline.layout import Corpus, config_text, others_names, read_config
 from data_pipeline.lists import read_list
 from data_pipeline.progress import Reporter
 from data_pipeline.records import ConfigError, CorruptionError, InputError
@@ -67,6 +67,11 @@ def _build(config: CorpusConfig, on_take_down: Callable[[forget.TakeDown], None]
                 return what_if.what_if(config)
         return what_if.what_if(config)
     check_inputs(config, config.stages or STAGES, place.faults)
+    if not place.remote and (others := others_names(out)):
+        raise InputError(
+            f"out={out}: holds {', '.join(others[:3])}{', …' if len(others) > 3 else ''}, which a corpus would write "
+            f"over, and no corpus; give a new folder"
+        )
     with _owned(place):
         _require_same_source(config)
         with write_atomic(Corpus(out).config) as temporary:

@@ -156,17 +156,19 @@ class Steps:
                 self.on_marked(step, beside(step))
         again: dict[str, list[str]] = {}
         for step in due:
-            if reasons[step.name]:
-                again.setdefault(str(reasons[step.name]), []).append(step.name)
-        for why, names in again.items():
-            shards = f"{len(names)} of {len(steps)} shards" if len(steps) > 1 else "done"
-            self.reporter.say(f"{name}: {shards} again: {why}")
+            if why := reasons[step.name]:
+                number = step.name.split(".")[0]  # one line for all shards, though each names its own files
+                again.setdefault(why.replace(f"/{number}.", "/*."), []).append(why)
+        for pattern, reasons_of in again.items():
+            shards = f"{len(reasons_of)} of {len(steps)} shards" if len(steps) > 1 else "done"
+            self.reporter.say(f"{name}: {shards} again: {pattern if len(reasons_of) > 1 else reasons_of[0]}")
         if not due:
             if not quiet:
                 self.reporter.say(f"{name}: finished before, nothing to do")
             return
         work = {step.name: make(step) for step in due}
         by_label = {work[step.name].label: step for step in due}
+        assert len(by_label) == len(due), f"{name}: labels that are not unique"  # each task marks the step of its label
         for step in due:
             step.folder.mkdir(parents=True, exist_ok=True)
         before = {step.name: self.look(step) for step in due}

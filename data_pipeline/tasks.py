@@ -152,8 +152,7 @@ def fetch_group(
         if progress:
             print(line, file=sys.stderr, flush=True)
 
-    fetch.fetch_shards(shards, config, out, on_progress, on_note=on_note)
-    return {}
+    return {"decided": fetch.fetch_shards(shards, config, out, on_progress, on_note=on_note)}
 
 
 def finish_fetch(shard: fetch.FetchShard, out: Path, archived: rescue.Rescue | None) -> dict[str, Any]:

@@ -105,13 +105,10 @@ def _name_positional(command: Command, schema: type, overrides: list[str]) -> li
     if not command.positional:
         return overrides
     known = set(leaves(schema))
-    named = []
-    for text in overrides:
-        if text.split("=", 1)[0] in known and "=" in text:
-            named.append(text)
-        else:
-            named.append(f"{command.positional}={quoted(text)}")
-    return named
+    bare = [text for text in overrides if "=" not in text or text.split("=", 1)[0] not in known]
+    if len(bare) > 1:
+        raise ConfigError([f"{bare[1]}: one {command.positional} at a time, and {bare[0]} was given before it"])
+    return [f"{command.positional}={quoted(text)}" if text in bare else text for text in overrides]
 
 
 def _version() -> str:

@@ -113,6 +113,43 @@ def test_a_warc_file_that_was_taken_out_leaves_no_file(config: CorpusConfig, tmp
     assert files_of(tmp_path / "out") == files_of(tmp_path / "fresh")
 
 
+def test_warc_files_of_one_name_in_two_folders(config: CorpusConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "warcs"
+    for place, texts in (("a", PROSE[:2]), ("b", PROSE[2:])):
+        (folder / place).mkdir(parents=True)
+        warc_pages(folder / place / "x.warc.gz", {f"https://{place}.test/{i}": t for i, t in enumerate(texts)})
+    build_corpus(replace(config, source=Source.warc, path=str(folder)))
+    out = tmp_path / "out"
+    assert [pq.read_metadata(out / f"fetch/file_0000{i}.parquet").num_rows for i in (0, 1)] == [2, 4]
+    markers = [read_signed(out / f"fetch/file_0000{i}.done.json") for i in (0, 1)]
+    assert [marker and marker["counts"]["rows"] for marker in markers] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    "files",
+    [["documents/2024.pdf"], ["fetch/00099.notes.txt"], ["README.md", "config.yaml"], ["tokens/x.bin"]],
+)
+def test_a_folder_with_files_of_somebody_else_is_refused(
+    config: CorpusConfig, tmp_path: Path, files: list[str]
+) -> None:
+    out = tmp_path / "out"
+    for file in files:
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text("{}")
+    with pytest.raises(InputError, match="which a corpus would write over, and no corpus; give a new folder"):
+        build_corpus(config)
+    assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()) == sorted(files)
+
+
+def test_a_folder_with_other_names_is_taken(config: CorpusConfig, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/list.txt").write_text("mine")
+    build_corpus(config)
+    (tmp_path / "out/config.yaml").unlink()  # markers alone say that it is a corpus
+    build_corpus(config)
+    assert (tmp_path / "out/list.txt").read_text() == "mine"
+
+
 def test_so_many_shards_are_refused() -> None:
     assert check(CorpusConfig(urls="x", shards=10_000)) == []
     (fault,) = check(CorpusConfig(urls="x", shards=100_000))

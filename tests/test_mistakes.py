@@ -19,6 +19,7 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("Train", "model=nano"), "there is no such command"),
     (("--halp",), "there is no such command"),
     (("train", "--steps", "3"), "settings are key=value"),
+    (("why", "http://a.test/", "http://b.test/"), "http://b.test/: one url at a time, and http://a.test/ was given"),
     (("train", "-h3"), "settings are key=value"),
     (("train", "steps"), "not of the form key=value"),
     (("train", "=3"), "=3: there is no such setting"),

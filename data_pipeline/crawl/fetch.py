@@ -64,9 +64,9 @@ def fetch_shards(
     on_progress: Callable[[int, int], None],
     lookup: Lookup | None = None,
     on_note: Callable[[str], None] = lambda line: None,
-) -> None:
+) -> int:
     """Fetch until every URL of `shards` has its state in a journal; `on_progress(done, total)` counts URLs, `on_note`
-    gets a line now and then on when the end can come.
+    gets a line now and then on when the end can come. Returns how many URLs this call decided.
 
     Call it again after a crash: it goes on. On SIGTERM or SIGINT journals are closed and the signal is raised again.
     Raises ConfigError before any request if a contact is needed and missing, StorageError when the disk is full.
@@ -75,13 +75,14 @@ def fetch_shards(
     demand_contact(shards, config)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        caught = uvloop.run(_run(shards, config, corpus, on_progress, lookup, on_note))
+        caught, decided = uvloop.run(_run(shards, config, corpus, on_progress, lookup, on_note))
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
                 signal.signal(number, handler)  # the event loop leaves the system's defaults behind
     if caught is not None:
         signal.raise_signal(caught)
+    return decided
 
 
 def demand_contact(shards: Sequence[FetchShard], config: FetchConfig) -> None:
@@ -111,8 +112,8 @@ async def _run(
     on_progress: Callable[[int, int], None],
     lookup: Lookup | None,
     on_note: Callable[[str], None],
-) -> int | None:
-    """The signal that ended the run, if one did."""
+) -> tuple[int | None, int]:
+    """The signal that ended the run, if one did, and how many URLs were decided."""
     collector = gc.get_threshold()
     gc.set_threshold(*_GC_THRESHOLD)
     before = _raise_file_limit(config.concurrency * (1 + SLOW_LANE_FACTOR) + 3 * OPEN_SHARDS + 1000)
@@ -130,7 +131,7 @@ async def _run(
         await client.close()
         gc.set_threshold(*collector)
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    return scheduler.caught
+    return scheduler.caught, scheduler.done - scheduler.decided_before
 
 
 def _raise_file_limit(needed: int) -> tuple[int, int]:

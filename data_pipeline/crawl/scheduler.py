@@ -73,6 +73,8 @@ class Scheduler:
         self.open: list[OpenShard] = []
         self.total = sum(pq.read_metadata(s.urls).num_rows for s in shards)
         self.done = 0
+        self.decided_before = 0
+        """Of `done`, how many an earlier run decided."""
         self.reported = 0.0
         self.hosts: dict[str, Host] = {}
         self.turns: list[tuple[float, int, Host]] = []  # by the time that they are due
@@ -145,6 +147,7 @@ class Scheduler:
     def _open_next(self) -> OpenShard:
         shard = OpenShard(self.backlog.next_shard(), self.corpus, self.config.max_warc_bytes)
         self.done += shard.decided_before
+        self.decided_before += shard.decided_before
         self.backlog.opened(shard.left_by_host)
         self.open.append(shard)
         return shard
