@@ -130,11 +130,15 @@ class LocalExecutor:
         self._pool = ProcessPool(
             max_workers=workers, context=context, initializer=_start_worker, initargs=(self._sender,)
         )
+        # In a thread: a signal's exception in the middle of it would leave a worker that the pool does not know of.
+        self._start = threading.Thread(target=lambda: self._pool.active, daemon=True)
 
     def __enter__(self) -> LocalExecutor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._start.ident is not None:
+            self._start.join(STOP_S)
         if kind is None:
             self._pool.close()
         else:
@@ -156,6 +160,9 @@ class LocalExecutor:
     ) -> None:
         """Run all tasks; `on_done` and `on_rows` are called in this process. A task's exception is raised here."""
         self._on_rows = on_rows
+        if self._start.ident is None:
+            self._start.start()
+        self._start.join()
         running: dict[Future[dict[str, Any]], tuple[Task, int]] = {self._schedule(t): (t, 1) for t in tasks}
         while running:
             done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
