@@ -10,7 +10,7 @@
     ├── NonFiniteError            6   a loss or gradient is not finite; the update was not made
     └── PeerError                 7   a rank died or stopped; the cause is named
 
-A run that was asked to stop (SIGTERM, SIGUSR1) saves and exits with REQUEUE_EXIT_CODE.
+A run that was asked to stop (SIGTERM, SIGUSR1, Ctrl-C) saves and exits with REQUEUE_EXIT_CODE.
 """
 
 from __future__ import annotations

@@ -448,16 +448,23 @@ def batch_arithmetic(config: TrainConfig, ranks: int, windows: int) -> list[str]
 
 
 class _StopSignal:
-    """SIGTERM and SIGUSR1 set `received` while the context lasts; the handlers from before come back after it."""
+    """SIGTERM, SIGUSR1 and Ctrl-C set `received` while the context lasts; the handlers from before come back after it.
 
-    signals = (signal.SIGTERM, signal.SIGUSR1)
+    A second Ctrl-C is the system's own: it ends the process at once, wherever it is.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.received = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> _StopSignal:
-        self._before = {number: signal.signal(number, self._receive) for number in self.signals}
+        self._before = {number: signal.getsignal(number) for number in self.signals}
+        if self._before[signal.SIGINT] is signal.SIG_IGN:  # a script's background job: not its terminal's
+            del self._before[signal.SIGINT]
+        for number in self._before:
+            signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -466,3 +473,9 @@ class _StopSignal:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if os.environ.get("RANK", "0") == "0":
+                # Not by print: the signal may have come within another one.
+                with contextlib.suppress(OSError):
+                    os.write(2, b"Ctrl-C: saves after this step and stops; Ctrl-C again ends at once, unsaved\n")

@@ -36,6 +36,12 @@ class ConfigError(LaunchError):
         return "\n".join(self.faults)
 
 
+class InUseError(LaunchError):
+    """Another launch owns the folder of the logs."""
+
+    exit_code = IN_USE_EXIT_CODE
+
+
 class Launcher(Enum):
     local = "local"
     hosts = "hosts"

@@ -32,7 +32,7 @@ from launch import logs, ranks
 from launch.config import HANDED_OVER, PEER_EXIT_CODE, ConfigError, Gpus, LaunchConfig, LaunchError, Over, host_is_name
 from launch.connection import Connection, Host, arguments, handed_over
 from launch.node import BEATS_PER_SILENCE
-from launch.outcome import Ended, Outcome, blame, conclude
+from launch.outcome import Ended, Outcome, blame, conclude, cut_short
 
 LOOK_S = 0.1
 PACKAGE_FOLDER = str(Path(__file__).parents[1])
@@ -288,9 +288,10 @@ class _Lines:
                 case "say":
                     logs.say(f"{where}: {message['line']}")
                 case "told" if told is None:
-                    told = signal.Signals(message["number"])
-                    logs.say(f"{where} got {told.name}: the ranks of all hosts are told to save and stop")
-                    self._order("signal", number=int(told))
+                    got = signal.Signals(message["number"])
+                    told = ranks.HANDED_ON[got]
+                    logs.say(f"{where} got {got.name}: the ranks of all hosts are told to save and stop")
+                    self._order("signal", number=int(got))
                 case "broken":
                     starters += [f"{where}: {message['line']}"]
                     line.done = True
@@ -306,11 +307,11 @@ class _Lines:
             while received:
                 asked = received.popleft()
                 if told is None:
-                    told = asked
+                    told = ranks.HANDED_ON[asked]
                     self._order("signal", number=int(asked))
                 elif self.config.hosts.over is Over.ssh:  # Slurm sends several
                     self._order("kill")
-            if not failed and (lost or blame(ended, told)):
+            if not failed and (lost or blame(ended, told) or cut_short(ended, told)):
                 failed = self._fail()
             if failed and give_up_s == float("inf"):
                 # A node kills its ranks after that time by itself; one that cannot even do that is not waited for.

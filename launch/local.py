@@ -28,8 +28,8 @@ from launch.ranks import Orders, Ranks, Start, clear_away, start_all, stop_signa
 def run_ranks(starts: Sequence[Start], *, processes: int, log_dir: Path, stop_timeout_s: float) -> Outcome:
     """Start, watch and end ranks 0 to `processes` - 1.
 
-    Rank 0's output goes to standard output too. SIGTERM, SIGINT and SIGUSR1 are handed on to all ranks once; a second
-    one kills them.
+    Rank 0's output goes to standard output too. SIGTERM, SIGINT (as SIGTERM) and SIGUSR1 are handed on to all ranks
+    once; a second one kills them.
     """
     with stop_signals() as received:
         ranks = Ranks(log_dir, range(processes))

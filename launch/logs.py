@@ -13,12 +13,13 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from launch.config import ConfigError, LaunchError
+from launch.config import ConfigError, InUseError
 
 LAST_LINES = 20
 LAST_BYTES = 1 << 16
@@ -40,13 +41,22 @@ def make(log_dir: Path) -> None:
 
 @contextlib.contextmanager
 def own(log_dir: Path) -> Iterator[None]:
-    """The log folder belongs to one launch at a time; the kernel frees the lock of a dead one."""
+    """The log folder belongs to one launch at a time; the kernel frees the lock of a dead one.
+
+    Raises InUseError, with the process that owns it.
+    """
     make(log_dir)
-    with open(log_dir / ".lock", "ab") as f:
+    with open(log_dir / ".lock", "a+b", buffering=0) as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise LaunchError(f"{log_dir}: another launch is running there; wait for it, or stop it") from None
+            f.seek(0)
+            owner = f.read(200).decode(errors="replace").strip()
+            raise InUseError(
+                f"{log_dir}: another launch is running there{f', {owner}' * bool(owner)}; wait for it, or stop it"
+            ) from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         _journals.append(log_dir / JOURNAL)
         try:
             yield

@@ -59,13 +59,23 @@ def blame(ended: Mapping[int, Ended], told: signal.Signals | None) -> list[int]:
 
     First those that ended by themselves in the order of time, then those that only say that another one is gone
     (PEER_EXIT_CODE), then those that the launcher killed. A rank that died of the very signal that asked it to stop,
-    before it could listen, did not end badly: it has nothing to lose.
+    before it could listen, did not end badly: it has nothing to lose. Nor did those that waited for it in vain.
     """
     fine = {0, REQUEUE_EXIT_CODE} | ({-told} if told else set())
+    in_vain = cut_short(ended, told)
     return sorted(
-        (rank for rank, end in ended.items() if end.code not in fine),
+        (
+            rank
+            for rank, end in ended.items()
+            if end.code not in fine and not (in_vain and (end.killed or end.code == PEER_EXIT_CODE))
+        ),
         key=lambda rank: (ended[rank].killed, ended[rank].code == PEER_EXIT_CODE, ended[rank].after_s),
     )
+
+
+def cut_short(ended: Mapping[int, Ended], told: signal.Signals | None) -> bool:
+    """Whether a rank died of the signal that asked it to stop, in its start: the others cannot come further."""
+    return told is not None and any(end.code == -told for end in ended.values())
 
 
 def conclude(

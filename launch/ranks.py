@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.outcome import Ended, blame
+from launch.outcome import Ended, blame, cut_short
 from launch.rank import LAUNCHER_PID, file_of
 
 POLL_S = 0.05
@@ -32,10 +32,11 @@ PEER_GRACE_S = 10.0  # what gloo and NCCL take to notice a dead peer, and gpt2tr
 STARTER_GRACE_S = 10.0  # for torchrun or deepspeed to notice that its ranks are gone, and end
 SETTLE_S = 1.0  # for the last files of ranks whose starter is gone
 
-# A closed terminal is a request to stop, like SIGTERM; the others are handed on as they are.
+# Ctrl-C and a closed terminal are requests to stop. The ranks get them as SIGTERM: SIGINT would end with a traceback
+# whatever does not handle it, a rank that still imports first of all.
 HANDED_ON = {
     signal.SIGTERM: signal.SIGTERM,
-    signal.SIGINT: signal.SIGINT,
+    signal.SIGINT: signal.SIGTERM,
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,
 }
@@ -64,7 +65,7 @@ class _Note:
         self.before = {number: signal.getsignal(number) for number in HANDED_ON}
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(HANDED_ON[signal.Signals(number)])
+        self.received.append(signal.Signals(number))
         outer = self.before[signal.Signals(number)]
         if isinstance(outer, _Note):
             outer(number, frame)
@@ -72,7 +73,7 @@ class _Note:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[deque[signal.Signals]]:
-    """Collect SIGTERM, SIGINT, SIGUSR1 and SIGHUP while the block runs; only in the main thread.
+    """Collect SIGTERM, SIGINT, SIGUSR1 and SIGHUP as they come while the block runs; only in the main thread.
 
     A signal that was ignored before (nohup) stays ignored. Blocks nest: the outer one is told too.
     """
@@ -152,7 +153,7 @@ class Orders:
     """What comes in from outside while ranks run."""
 
     signals: deque[signal.Signals] = field(default_factory=deque)
-    """Stop signals; the first is handed on, another one kills, unless `patient`."""
+    """Stop signals; the first is handed on (HANDED_ON says as which), another one kills, unless `patient`."""
     patient: bool = False
     """Another stop signal changes nothing: a batch system sends several."""
     kill: bool = False
@@ -199,7 +200,8 @@ def watch(
     say: Callable[[str], None],
     each_look: Callable[[], None],
 ) -> signal.Signals | None:
-    """Until every rank has ended, or none can be expected to any more. Returns the signal that asked for a stop.
+    """Until every rank has ended, or none can be expected to any more. Returns the signal that they were told to
+    stop with.
 
     stop_timeout_s: for ranks that were told to stop; peer_grace_s: for those whose peer has failed; then they are
     killed. say: takes lines for people. each_look: called after each look at the ranks' files.
@@ -234,12 +236,14 @@ def watch(
                 kill_at_s = now_s
             elif not told:
                 say(f"{number.name}: the ranks are told to save and stop, and have {stop_timeout_s:g} s for it")
-                told, kill_at_s = number, min(kill_at_s, now_s + stop_timeout_s)
+                told, kill_at_s = HANDED_ON[number], min(kill_at_s, now_s + stop_timeout_s)
         if told:
             ranks.tell(told)
         if not failed and (failures := blame(ends := ranks.ends(), told)):
             failed, kill_at_s = True, min(kill_at_s, now_s + peer_grace_s)
             say(f"rank {failures[0]} {ends[failures[0]].how()}; the others have {peer_grace_s:g} s to end")
+        elif not failed and cut_short(ends, told):
+            failed, kill_at_s = True, min(kill_at_s, now_s + peer_grace_s)
         if not failed and orders.peer_failed:
             failed, kill_at_s = True, min(kill_at_s, now_s + peer_grace_s)
         if orders.kill or now_s >= kill_at_s:

@@ -15,8 +15,10 @@ RANK = """
 import json, os, pathlib, signal, subprocess, sys, time
 told = []
 what, note = sys.argv[1], pathlib.Path(sys.argv[2]) / f"rank {os.environ['RANK']}"
-if what != "deaf":
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+if what == "unprepared" and os.environ["RANK"] == "0":
+    pass  # as in its imports
+elif what not in ("deaf", "unprepared"):
+    for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, f: told.append(n))
 else:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,7 @@ from launching import HARMLESS, RANK, alive, nobody_left, processes_in
 
 from gpt2train import errors as training
 from launch import local, machine, ranks
-from launch.config import REQUEUE_EXIT_CODE, ConfigError, Gpus, LaunchConfig, LaunchError, Starter, check
+from launch.config import REQUEUE_EXIT_CODE, ConfigError, Gpus, InUseError, LaunchConfig, LaunchError, Starter, check
 from launch.dry import dry_run_lines
 from launch.machine import machine_faults
 from launch.place import Place, plan
@@ -38,8 +41,13 @@ sys.exit(launch(config, [sys.executable, *sys.argv[3:]], pathlib.Path(sys.argv[2
 """
 
 
+def ctrl_c(terminal: int) -> None:
+    """Type it: the terminal sends SIGINT to all processes in its foreground."""
+    os.write(terminal, b"\x03")
+
+
 class Launched:
-    """A launcher in a process of its own, in a folder whose name no shell should see."""
+    """A launcher in a process of its own with a terminal of its own, in a folder whose name no shell should see."""
 
     def __init__(self, folder: Path, starter: Starter, what: str, **options: object) -> None:
         self.notes = folder / "notes $(touch bad)"
@@ -47,6 +55,7 @@ class Launched:
         (folder / "rank.py").write_text(RANK)
         self.run_dir = folder / 'a run\'s $(touch bad) "folder"'
         self.ranks = int(options.get("processes", 2))  # type: ignore[call-overload]
+        self.terminal, inside = os.openpty()
         self.process = subprocess.Popen(
             [
                 *(
@@ -61,7 +70,18 @@ class Launched:
             stderr=subprocess.PIPE,
             text=True,
             cwd=folder,
+            stdin=inside,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )
+        os.close(inside)
+
+    def stop(self, number: signal.Signals) -> None:
+        """Send it to the launcher alone; SIGINT as the terminal does."""
+        if number is signal.SIGINT:
+            ctrl_c(self.terminal)
+        else:
+            self.process.send_signal(number)
 
     def seen(self) -> list[dict]:
         """What each rank wrote down, once all have."""
@@ -74,6 +94,8 @@ class Launched:
 
     def end(self, timeout_s: float = 60) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=timeout_s)
+        with contextlib.suppress(OSError):
+            os.close(self.terminal)
         return self.process.returncode, out, err
 
     def log(self, rank: int) -> str:
@@ -116,18 +138,20 @@ def test_every_rank_gets_its_place_and_its_arguments(place: Path, starter: Start
         (Starter.plain, signal.SIGTERM),
         (Starter.plain, signal.SIGINT),
         (Starter.plain, signal.SIGUSR1),
-        (Starter.torchrun, signal.SIGUSR1),
-        pytest.param(Starter.deepspeed, signal.SIGTERM, marks=pytest.mark.slow),
+        (Starter.torchrun, signal.SIGINT),
+        pytest.param(Starter.deepspeed, signal.SIGINT, marks=pytest.mark.slow),
     ],
 )
 def test_told_to_stop_all_ranks_save(place: Path, starter: Starter, number: signal.Signals) -> None:
     launched = Launched(place, starter, "wait")
     launched.seen()
-    launched.process.send_signal(number)
+    launched.stop(number)
     code, _, err = launched.end()
     assert code == REQUEUE_EXIT_CODE == training.REQUEUE_EXIT_CODE, err
+    got = signal.SIGTERM if number is signal.SIGINT else number
     for rank in (0, 1):
-        assert launched.log(rank).endswith(f"saved after {number.name}\n")
+        assert launched.log(rank).endswith(f"hello from rank {rank} ü\nsaved after {got.name}\n")
+    assert f"{number.name}: the ranks are told to save and stop" in err
     assert nobody_left(place, 5)
 
 
@@ -141,6 +165,17 @@ def test_told_before_a_rank_can_listen(place: Path) -> None:
     launched.process.send_signal(signal.SIGTERM)
     code, _, err = launched.end()
     assert code == REQUEUE_EXIT_CODE, err
+    assert nobody_left(place, 5)
+
+
+def test_told_while_one_rank_cannot_listen_yet(place: Path) -> None:
+    """It dies of the signal; those that wait for it cannot save, and have done nothing wrong."""
+    launched = Launched(place, Starter.plain, "unprepared", peer_grace_s=0.3)
+    launched.seen()
+    launched.stop(signal.SIGINT)
+    code, _, err = launched.end()
+    assert code == REQUEUE_EXIT_CODE, err
+    assert err.endswith("launch: stopped as told; the same command goes on from the newest checkpoint\n")
     assert nobody_left(place, 5)
 
 
@@ -180,10 +215,10 @@ def test_a_stopped_and_deaf_rank_is_killed_after_the_time_limit(place: Path) -> 
 def test_a_second_signal_kills_at_once(place: Path) -> None:
     launched = Launched(place, Starter.plain, "deaf", stop_timeout_s=600.0)
     launched.seen()
-    launched.process.send_signal(signal.SIGINT)
+    launched.stop(signal.SIGINT)
     time.sleep(0.5)
     assert launched.process.poll() is None
-    launched.process.send_signal(signal.SIGINT)
+    launched.stop(signal.SIGINT)
     code, _, err = launched.end(15)
     assert code == 128 + signal.SIGKILL
     assert "SIGINT again: killing the ranks" in err
@@ -279,8 +314,10 @@ def test_a_file_named_launch_in_the_working_folder_is_in_nobodys_way(
 def test_two_launches_in_one_folder(place: Path) -> None:
     launched = Launched(place, Starter.plain, "wait")
     launched.seen()
-    with pytest.raises(LaunchError, match="another launch is running there"):
+    owner = rf"another launch is running there, process {launched.process.pid} on \S+; wait for it"
+    with pytest.raises(InUseError, match=owner) as refused:
         launch(LaunchConfig(processes=1, gpus=Gpus.none), [sys.executable, "-c", ""], launched.run_dir)
+    assert refused.value.exit_code == training.RunInUseError.exit_code == 3
     launched.process.send_signal(signal.SIGTERM)
     assert launched.end()[0] == REQUEUE_EXIT_CODE
     assert launch(LaunchConfig(processes=1, gpus=Gpus.none), [sys.executable, "-c", ""], launched.run_dir) == 0

@@ -234,6 +234,21 @@ def test_what_cannot_go_on_is_refused(tokens: Path, tmp_path: Path) -> None:
     assert "goes on from" in told
 
 
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(tokens: Path, tmp_path: Path) -> None:
+    """In an evaluation, which is finished, and in a start, which makes a step; one process."""
+    job = {"train": settings(tokens, tmp_path / "run", steps=40, evaluate__every_steps=10)}
+    places = [("evaluation", False), ("start", False), ("evaluation", True)]
+    strikes = [{"rank": 0, "place": p, "count": 1, "signal": "SIGINT", "again": again} for p, again in places]
+    ranks = Ranks(tmp_path / "start", [job | {"strike": strike} for strike in strikes], 1)
+    assert ranks.wait(60) == [-signal.SIGINT], ranks.stderr()
+    assert [answer["code"] for answer in ranks.answers()] == [REQUEUE_EXIT_CODE] * 2
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved == ["step_00000011", "step_00000012"]
+    assert ranks.stderr().count("Ctrl-C: saves after this step and stops") == 3
+    _, validation = read_metrics(tmp_path / "run")
+    assert list(validation) == [10], "an evaluation that Ctrl-C met is finished"
+
+
 def test_two_runs_in_one_folder_and_lost_checkpoints(tokens: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = {"train": settings(tokens, run, steps=100_000, checkpoint__every_steps=5, evaluate__every_steps=0)}

@@ -5,8 +5,8 @@
 A job is {"train": {dotted setting: value}}, or {"cut": [from, to, step]}: copy a run folder without its checkpoints
 after `step`, or {"loop": {…}} (see deepspeed_loop.py). With "poison": {"kind": …, "rows": [tokens of a sequence]} the
 loss or the gradient of any forward pass over such a sequence is spoilt, as a broken text or a broken chip would. With
-"strike": {"rank", "place", "count", "signal"} a rank hits itself at an exact place. Rank r writes the exit codes and
-messages of its jobs to `answers.json.r`.
+"strike": {"rank", "place", "count", "signal"} a rank hits itself at an exact place, with "again" twice. Rank r writes
+the exit codes and messages of its jobs to `answers.json.r`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def struck(strike: dict[str, object] | None, rank: int) -> Iterator[None]:
             left[0] -= 1
             if left[0] == 0:
                 print(f"struck at {place}", file=sys.stderr, flush=True)
-                os.kill(os.getpid(), getattr(signal, str(strike["signal"])))
+                for _ in range(2 if strike.get("again") else 1):
+                    os.kill(os.getpid(), getattr(signal, str(strike["signal"])))
         return before(*arguments, **options)
 
     setattr(owner, name, instead)
