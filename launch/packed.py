@@ -25,9 +25,12 @@ from typing import IO
 from launch.config import REQUEUE_EXIT_CODE, LaunchConfig, Launcher
 from launch.machine import count_cores
 from launch.rank import PR_SET_PDEATHSIG
+from launch.ranks import HANDED_ON
 
 POLL_S = 0.05
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+KILLED = 128
+"""Exit codes above it are of what a signal killed."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def run_packed(
                 number = received.popleft()
                 told = True
                 for process, *_ in running.values():
-                    process.send_signal(number)
+                    process.send_signal(HANDED_ON[number])
             if told:
                 waiting.clear()
             while waiting and free:
@@ -121,7 +124,8 @@ def run_packed(
                     reader.join()
                 del running[place]
                 free.append(share)
-                code = REQUEUE_EXIT_CODE if told and code < 0 else 128 - code if code < 0 else code
+                code = 128 - code if code < 0 else code
+                code = REQUEUE_EXIT_CODE if told and code > KILLED else code
                 results[place] = code, time.monotonic() - began_s
                 told = told or code == REQUEUE_EXIT_CODE
             time.sleep(POLL_S if running else 0)

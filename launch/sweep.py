@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launch.config import REQUEUE_EXIT_CODE, ConfigError, Gpus, LaunchConfig
 from launch.machine import count_gpus
-from launch.packed import Share, run_packed, share_faults, shares
+from launch.packed import KILLED, Share, run_packed, share_faults, shares
 from launch.ranks import stop_signals
 from launch.run import launch
 from launch.words import to_words
@@ -70,11 +70,15 @@ def sweep(trials: Sequence[Trial], config: LaunchConfig, *, parallel: int = 1) -
             began_s = time.monotonic()
             with _as_within(parts[(number - 1) % parallel], parallel):
                 code = launch(config, trial.command, trial.run_dir)
+            if received and code > KILLED:  # by the second signal, or by the first in its start
+                code = REQUEUE_EXIT_CODE
             results.append(TrialResult(trial.name, code, time.monotonic() - began_s))
     for result in results:
-        if result.exit_code:
-            what = "stopped, goes on" if result.exit_code == REQUEUE_EXIT_CODE else f"failed ({result.exit_code})"
-            _say(f"{result.name}: {what}")
+        if result.exit_code not in (0, REQUEUE_EXIT_CODE):
+            _say(f"{result.name}: failed ({result.exit_code})")
+    if exit_code(results) == REQUEUE_EXIT_CODE:
+        ended = sum(r.exit_code != REQUEUE_EXIT_CODE for r in results)
+        _say(f"stopped with {ended} of {len(results)} trials ended; the same command goes on")
     return results
 
 

@@ -16,7 +16,8 @@ from gpt2train.commands.help import command_help, complete
 from gpt2train.commands.table import COMMANDS, load
 from gpt2train.compose import CONFIG_FOLDER, choices, compose, leaves, quoted
 from gpt2train.config import Precision, TrainConfig
-from gpt2train.errors import ConfigError
+from gpt2train.errors import REQUEUE_EXIT_CODE, ConfigError
+from launch.sweep import TrialResult
 
 TRAIN = CONFIG_FOLDER / "train"
 RUNNABLE = ["data.path=x", "run_dir=y", "steps=1"]
@@ -240,6 +241,42 @@ def test_a_sweep_takes_text_settings_and_refuses_run_dir(tmp_path: Path, capsys:
     assert capsys.readouterr().out.count("logging.wandb_group=") == 2, "the one that was given"
     assert main(["sweep", *settings, f"out={odd}", "data=x", "run_dir=y"]) == 2
     assert "each trial gets its own" in capsys.readouterr().err
+
+
+def test_a_sweep_that_was_stopped_or_failed_before_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials that have not begun are no fault of the settings."""
+    asked = ["sweep", "model=nano,micro", "steps=1", "device=cpu", "batch.sequences=8", f"out={tmp_path}", "data=x"]
+    for code, whole, told in (
+        (REQUEUE_EXIT_CODE, REQUEUE_EXIT_CODE, ""),
+        (9, 9, "sweep: nano: not in the table, since it has not begun\nsweep: micro: not in the table, "),
+    ):
+        ended = [TrialResult(name, code, 0.0) for name in ("nano", "micro")]
+        monkeypatch.setattr("launch.sweep.sweep", lambda *_, ended=ended, **__: ended)
+        assert main(asked) == whole
+        err = capsys.readouterr().err
+        assert err.startswith(told)
+        assert bool(err) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("settings", "faults"),
+    [
+        (["optimizer.lr=1e-3,abc"], ["optimizer.lr=abc: Value 'abc'"]),
+        (["model=nano,micro", "optimizer.lr=1e-3,-1"], ["optimizer.lr=-1.0: must be above 0"]),
+        (["model=nano,micro", "steps=-4"], ["steps=-4: must be above 0"]),
+        (["model=nano,micro", "model.heads=96"], ["nano: model.channels=128: must be a multiple of model.heads=96"]),
+    ],
+)
+def test_a_fault_of_a_sweep_is_told_once(
+    settings: list[str], faults: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sweep", "steps=10", "device=cpu", "data=x", f"out={tmp_path}", *settings]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(faults)
+    for line, fault in zip(lines, faults, strict=True):
+        assert line.startswith(f"gpt2train sweep: {fault}")
 
 
 def test_the_deepspeed_launchers_argument_is_passed_over(capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,12 +90,12 @@ def test_a_signal_stops_the_sweep_and_it_goes_on_later(tmp_path: Path) -> None:
     while not (tmp_path / "b" / "waiting").exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
-    os.kill(first.pid, signal.SIGTERM)
+    os.kill(first.pid, signal.SIGINT)
     out, err = first.communicate(timeout=60)
     assert first.returncode == REQUEUE_EXIT_CODE, err
     assert "[('a', 0), ('b', 85), ('c', 85)]" in out
     assert not (tmp_path / "c").exists(), "not begun"
-    assert "sweep: b: stopped, goes on\nsweep: c: stopped, goes on\n" in err
+    assert err.endswith("sweep: stopped with 1 of 3 trials ended; the same command goes on\n")
     (tmp_path / "b" / "mended").touch()
     again = subprocess.run([sys.executable, "-c", SWEEP, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr
@@ -105,15 +105,17 @@ def test_a_signal_stops_the_sweep_and_it_goes_on_later(tmp_path: Path) -> None:
 def test_a_signal_between_two_trials_stops_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside of a launch, whose own handlers are put back by then."""
 
-    def launch(config: LaunchConfig, command: list[str], run_dir: Path) -> int:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return 0
+    for code, told in ((0, 0), (130, REQUEUE_EXIT_CODE)):  # 130: of a trial that the signal killed
 
-    monkeypatch.setattr("launch.sweep.launch", launch)
-    before = signal.getsignal(signal.SIGTERM)
-    results = sweep(make_trials(tmp_path, a="run", b="run"), CONFIG)
-    assert [r.exit_code for r in results] == [0, REQUEUE_EXIT_CODE]
-    assert signal.getsignal(signal.SIGTERM) is before
+        def launch(config: LaunchConfig, command: list[str], run_dir: Path, *, code: int = code) -> int:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return code
+
+        monkeypatch.setattr("launch.sweep.launch", launch)
+        before = signal.getsignal(signal.SIGTERM)
+        results = sweep(make_trials(tmp_path, a="run", b="run"), CONFIG)
+        assert [r.exit_code for r in results] == [told, REQUEUE_EXIT_CODE]
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_trials_that_would_share_a_folder_or_a_name(tmp_path: Path) -> None:

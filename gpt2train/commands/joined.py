@@ -20,6 +20,7 @@ from gpt2train.config import ReportConfig, TrainConfig
 from gpt2train.errors import REQUEUE_EXIT_CODE, ConfigError, GPT2TrainError
 from gpt2train.planning.choose import with_kept
 from gpt2train.planning.config import SweepConfig
+from gpt2train.run_folder import CONFIG
 from launch import config as launch_config
 
 WANDB_GROUP_CHARACTERS = 128
@@ -128,15 +129,19 @@ def sweep_training(overrides: Sequence[str]) -> int:
 
     group = [] if any(o.startswith("logging.wandb_group=") for o in rest) else [_wandb_group(where)]
 
-    def trial(spec: specs.Spec, told: list[str]) -> tuple[Trial, TrainConfig]:
+    wrong_in: dict[str, list[str]] = {}
+
+    def trial(spec: specs.Spec) -> tuple[Trial, TrainConfig]:
         run_dir = Path(where.out) / spec.name
         settings = [*spec.overrides, *group, f"run_dir={quoted(str(run_dir))}"]
         of_trial: list[str] = []
         config = _train_config(of_trial, settings, ranks)
-        told += [fault if spec.name == "single" else f"{spec.name}: {fault}" for fault in of_trial]
+        for fault in of_trial:
+            wrong_in.setdefault(fault, []).append(spec.name)
         return Trial(spec.name, train_command(settings, how.python), run_dir), config
 
-    made = [trial(spec, faults) for spec in specs.specs(axes)]
+    made = [trial(spec) for spec in specs.specs(axes)]
+    faults += _faults_of_trials(wrong_in, len(made), axes)
     if faults:
         raise ConfigError(faults)
     trials = [t for t, _ in made]
@@ -147,7 +152,7 @@ def sweep_training(overrides: Sequence[str]) -> int:
         parameters = {t.name: body_parameter_count(c.model) for t, c in made}
         by_size = sorted({(parameters[t.name], c.model.name) for t, c in made})
         smallest = [name for _, name in by_size[: where.rate_sizes]]
-        run = [trial(spec, faults)[0] for spec in specs.grid(axes, where.rates, smallest)]
+        run = [trial(spec)[0] for spec in specs.grid(axes, where.rates, smallest)]
         results = [] if where.summary_only else sweep(run, how, parallel=where.parallel)
         if how.dry_run or exit_code(results) == REQUEUE_EXIT_CODE:
             return exit_code(results)
@@ -160,19 +165,25 @@ def sweep_training(overrides: Sequence[str]) -> int:
             raise GPT2TrainError(
                 f"{where.out}: of {without}, no two trials of the grid rates={where.rates} have ended; see their logs"
             )
-        trials = [trial(spec, faults)[0] for spec in specs.at_rates(axes, found)]
+        trials = [trial(spec)[0] for spec in specs.at_rates(axes, found)]
         trials = [t for t in trials if t.run_dir not in {r.run_dir for r in run}]
     if how.launcher is launch_config.Launcher.slurm and not where.summary_only:
         return _sweep_by_slurm(how, where, trials, [*sweep_overrides, *rest])
     results += [] if where.summary_only else sweep(trials, how, parallel=where.parallel)
-    if how.dry_run:
-        return 0
+    if how.dry_run or exit_code(results) == REQUEUE_EXIT_CODE:
+        return exit_code(results)
     last = made[-1][1].model
     models = {}
     if where.forecast:
         asked = _train_config([], [f"model={where.forecast}"], 1).model
         models[where.forecast] = replace(asked, vocabulary=last.vocabulary, context=last.context)
-    code = int(summarize([t.run_dir for t in [*run, *trials]], Path(where.out), models=models))
+    begun = [t.run_dir for t in [*run, *trials] if (t.run_dir / CONFIG).exists()]
+    for t in [*run, *trials]:
+        if t.run_dir not in begun:
+            print(f"sweep: {t.name}: not in the table, since it has not begun", file=sys.stderr)
+    if not begun:
+        return exit_code(results) or GPT2TrainError.exit_code
+    code = int(summarize(begun, Path(where.out), models=models))
     return exit_code(results) or code
 
 
@@ -184,7 +195,7 @@ def _wandb_group(where: SweepConfig) -> str:
 def _finished(trials: Sequence[Any]) -> list[Any]:
     from gpt2train.planning.runs import summary
 
-    return [summary(t.run_dir, t.name) for t in trials if (t.run_dir / "config.yaml").exists()]
+    return [summary(t.run_dir, t.name) for t in trials if (t.run_dir / CONFIG).exists()]
 
 
 def _faults_of_sweep(where: SweepConfig, how: launch_config.LaunchConfig, rest: Sequence[str]) -> list[str]:
@@ -213,6 +224,15 @@ def _faults_of_sweep(where: SweepConfig, how: launch_config.LaunchConfig, rest: 
     if where.forecast and where.forecast not in models:
         faults.append(f"forecast={where.forecast}: must be among {', '.join(models)}, or empty; give forecast=full")
     return faults
+
+
+def _faults_of_trials(wrong_in: dict[str, list[str]], trials: int, axes: Sequence[Any]) -> list[str]:
+    """One line a fault: with the names of its trials, unless it is of all of them or names a value that was swept."""
+    swept = {o.split("=", 1)[0] for axis in axes if len(axis) > 1 for _, overrides in axis for o in overrides}
+    return [
+        fault if len(names) == trials or fault.split("=", 1)[0] in swept else f"{', '.join(names)}: {fault}"
+        for fault, names in wrong_in.items()
+    ]
 
 
 def _sweep_by_slurm(
