@@ -56,7 +56,7 @@ def run_attempts(
     """
     best, begun_with = last_step(run_dir), _stamp(run_dir)
     before: tuple[int, int, str] | None = None
-    fruitless = 0
+    tries = 0  # restarts since the last progress, the coming one too
     number = 0
     while True:
         outcome = attempt(number)
@@ -66,7 +66,7 @@ def run_attempts(
         further, best = step > best, max(best, step)
         failure = (step, outcome.code, re.sub(r"0x[0-9a-fA-F]+|\d+(\.\d+)?", "#", outcome.last_line))
         passing = outcome.lost or outcome.code == PEER_EXIT_CODE
-        fruitless = 1 if further else fruitless + 1
+        tries = 1 if further else tries + 1
         if not restarts:
             return outcome.code
         if why := _no_more(
@@ -76,16 +76,16 @@ def run_attempts(
             passing=passing,
             repeated=failure == before and not passing and outcome.code != STORAGE_EXIT_CODE,
             step=step,
-            exhausted=fruitless > restarts,
+            exhausted=tries > restarts,
             restarts=restarts,
         ):
             logs.say(f"not started again: {why}")
             return outcome.code
         before = failure
-        pause_s = min(first_pause_s * 2 ** (fruitless - 1), MAX_PAUSE_S)
+        pause_s = min(first_pause_s * 2 ** (tries - 1), MAX_PAUSE_S)
         logs.say(
             f"started again in {pause_s:g} s, from the newest checkpoint "
-            f"(attempt {number + 2}; {fruitless} of {restarts} without progress)"
+            f"(attempt {number + 2}; restart {tries} of {restarts} since step {best})"
         )
         if not _wait(pause_s, received):
             return REQUEUE_EXIT_CODE

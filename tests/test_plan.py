@@ -385,6 +385,14 @@ def test_the_parts_add_up(capsys: pytest.CaptureFixture[str]) -> None:
             assert sum(map(float, cells[2:9])) == pytest.approx(float(cells[9]), abs=0.4)
 
 
+def test_a_plan_for_a_cpu_speaks_of_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "model=nano", "cluster=cpu", "cluster.gpu_hour_price=1"]) == 0
+    out = capsys.readouterr().out
+    assert "GPU" not in out
+    for part in ("GiB a process at", " process hours, ", " at 1 a process hour"):
+        assert part in out
+
+
 def test_a_plan_asked_for_wrongly(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "model=full", "cluster=9xh100", "model.heads=7", "plan.mfu=1.5"]) == 2
     told = capsys.readouterr().err

@@ -113,6 +113,17 @@ def test_the_pause_doubles_and_is_short_again_after_progress(tmp_path: Path, mon
     assert pauses == [200, 400, 600, 600, 200]
 
 
+def test_the_restarts_are_counted_from_the_last_progress(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 8}\n')
+    assert play(tmp_path, [(8, LOST), (16, LOST), (16, LOST), (17, DONE)]) == (0, 4)
+    told = [line.partition("(")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        "attempt 2; restart 1 of 3 since step 8)",
+        "attempt 3; restart 1 of 3 since step 16)",
+        "attempt 4; restart 2 of 3 since step 16)",
+    ]
+
+
 def test_a_signal_ends_a_pause(tmp_path: Path) -> None:
     received: deque[signal.Signals] = deque()
     before = signal.signal(signal.SIGALRM, lambda *_: received.append(signal.SIGTERM))

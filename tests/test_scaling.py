@@ -227,6 +227,7 @@ def test_the_table_the_file_the_page_and_the_picture(
     told = capsys.readouterr().out
     assert "held out e200: forecast" in told
     assert "unfinished" in told
+    assert "N: parameters without embeddings; best of N = " in told
     page = (out / "sweep.html").read_text()
     assert page.count("<svg") == 5
     assert "<b>" not in page

@@ -30,7 +30,7 @@ class ClusterConfig:
     watts: float = 0.0
     """Rated power of one GPU."""
     gpu_hour_price: float = 0.0
-    """What one GPU costs an hour, in the currency of your choice; 0: unknown, and no cost is told."""
+    """What one GPU (on a CPU one process) costs an hour, in the currency of your choice; 0: unknown, no cost told."""
 
 
 @dataclass

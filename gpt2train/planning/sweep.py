@@ -169,7 +169,10 @@ def words(f: Findings) -> list[str]:
     else:
         law, spans = f.law, f.law.intervals()
         data = f" + {law.B:.4g} / D^{law.beta:.3f}" if law.B else ""
-        lines.append(f"L = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f}{data} nats a token, {len(f.points)} runs")
+        lines.append(
+            f"L = {law.E:.3f} + {law.A:.4g} / N^{law.alpha:.3f}{data} nats a token, N parameters without embeddings, "
+            f"{len(f.points)} runs"
+        )
         if spans:
             told = ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in spans.items())
             lines.append(f"90 % of {len(law.resampled)} bootstrap fits: {told}")
@@ -185,11 +188,11 @@ def words(f: Findings) -> list[str]:
         lines.append(f"who expects of the largest size what the next smaller one gives misses by {f.naive_miss:.2%}")
     if f.rule is not None:
         rule = f"learning rate = {f.rule.c:.4g} · N^{f.rule.p:.3f}" if f.rule.p else f"learning rate = {f.rule.c:.3g}"
-        bests = ", ".join(f"{n:,.0f}: {rate:.3g}" for n, rate in f.rule.best.items())
+        bests = ", ".join(f"N = {n:,.0f}: {rate:.3g}" for n, rate in f.rule.best.items())
         edge = (
             f"; best at the grid's edge for {', '.join(f'{n:,.0f}' for n in f.rule.at_edge)}" if f.rule.at_edge else ""
         )
-        lines.append(f"{rule} (best by parameters: {bests}{edge})")
+        lines.append(f"{rule} (N: parameters without embeddings; best of {bests}{edge})")
     for c in f.forecasts:
         span = f" ({c['interval'][0]:.2f} to {c['interval'][1]:.2f})" if c["interval"] else ""
         what = f"{c['model']}, {c['parameters']:,} parameters on {c['tokens']:,} tokens"

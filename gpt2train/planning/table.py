@@ -37,7 +37,8 @@ def plan(config: TrainConfig) -> int:
     console.print(_table(config, ranks, found, pick))
     if pick is None:
         room = room_bytes(config, ranks) / GIB
-        console.print(Text(f"nothing fits in {room:.1f} GiB: take more or larger GPUs, or a smaller model"))
+        more = "take more or larger GPUs" if config.cluster.on_gpu else "take fewer processes or more memory"
+        console.print(Text(f"nothing fits in {room:.1f} GiB: {more}, or a smaller model"))
         return 1
     console.print(Text("\n".join(_foot(config, ranks, pick))))
     if config.plan.apply:
@@ -81,11 +82,12 @@ def _counts(model: ModelConfig) -> str:
 def _table(config: TrainConfig, ranks: int, found: list[Option], pick: Option | None) -> Table:
     """Components at the picked micro batch, so that rows compare; then what each row can do at its own largest."""
     micro = pick.micro if pick else micro_batch(config, ranks)
+    device = "GPU" if config.cluster.on_gpu else "process"
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1),
-        title=f"GiB a GPU at the worst moment of a step with micro batch {micro}",
+        title=f"GiB a {device} at the worst moment of a step with micro batch {micro}",
         title_justify="left",
     )
     for name in ("", "ZeRO", "policy"):
@@ -136,9 +138,10 @@ def _foot(config: TrainConfig, ranks: int, pick: Option) -> list[str]:
 
 def summary(f: Forecast, config: TrainConfig, ranks: int) -> list[str]:
     """A forecast in words, for the plan and for a run's beginning."""
-    cost = f"{f.cost:,.0f} at {config.cluster.gpu_hour_price:g} a GPU hour" if f.cost is not None else None
+    device = "GPU" if config.cluster.on_gpu else "process"
+    cost = f"{f.cost:,.0f} at {config.cluster.gpu_hour_price:g} a {device} hour" if f.cost is not None else None
     energy = f"{f.kilowatt_hours:,.0f} kWh at rated power" if f.kilowatt_hours is not None else None
-    hours = [f"{f.seconds * ranks / 3600:,.0f} GPU hours", cost or "cost unknown (give cluster.gpu_hour_price)"]
+    hours = [f"{f.seconds * ranks / 3600:,.0f} {device} hours", cost or "cost unknown (give cluster.gpu_hour_price)"]
     told = [
         f"  {f.tokens_per_s:,.0f} tokens/s ({f.tokens_per_s / ranks:,.0f} each) at MFU {f.mfu:.1%} ({f.mfu_source})",
         f"  {', '.join([duration(f.seconds), *hours, *([energy] if energy else [])])}",
