@@ -34,6 +34,7 @@ from gpt2train.planning.choose import applied, best, host_bytes, misfit, options
 from gpt2train.planning.config import PlanConfig
 from gpt2train.planning.forecast import forecast, utilization
 from gpt2train.planning.memory import GIB, memory
+from gpt2train.planning.table import summary
 from tests.allocations import Allocations
 
 GROUPS = CONFIG_FOLDER / "train"
@@ -257,6 +258,20 @@ def test_a_measured_run_is_planned_with(tmp_path: Path) -> None:
     found = utilization(config)
     assert found is not None
     assert found[0] == pytest.approx(1000 * flops_per_token(ran.model) / (107e9 * 2))
+    for device, cluster, refused in (
+        ("cpu", "8xh100", True),
+        ("NVIDIA H100 80GB HBM3", "cpu", True),
+        ("NVIDIA A100-SXM4-80GB", "8xh100", True),
+        ("NVIDIA H100 80GB HBM3", "8xh100", False),
+        ("cpu", "cpu", False),
+    ):
+        (tmp_path / "versions.json").write_text(json.dumps({"processes": 2, "device": device}))
+        config = settings("model=nano", f"cluster={cluster}", f"plan.measured={tmp_path}")
+        if refused:
+            with pytest.raises(ConfigError, match=rf"was measured on {device}, cluster={cluster} is .*plan\.mfu="):
+                utilization(config)
+        else:
+            assert utilization(config) is not None
     (tmp_path / "gpu.json").write_text(
         json.dumps({"rows": [{"model": "small", "mfu": 0.5}, {"model": "full", "mfu": 0.6}]})
     )
@@ -269,6 +284,13 @@ def test_a_measured_run_is_planned_with(tmp_path: Path) -> None:
         (tmp_path / "bad.json").write_text("{}")
         with pytest.raises(ConfigError, match=r"plan\.measured="):
             utilization(settings("model=full", f"plan.measured={tmp_path / bad}"))
+
+
+@pytest.mark.parametrize(("mfu", "told"), [(0.45, "45.0%"), (0.01, "1.0%"), (0.0000312, "0.0031%")])
+def test_a_small_utilization_is_told_with_its_digits(mfu: float, told: str) -> None:
+    made = forecast(settings("model=small", "cluster=8xh100", f"plan.mfu={mfu}"), 8)
+    assert made is not None
+    assert f" at MFU {told} (as stated" in summary(made, settings("cluster=8xh100"), 8)[0]
 
 
 # -------------------------------------------------------------------------------------------------------------- choice

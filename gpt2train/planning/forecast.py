@@ -13,6 +13,7 @@ MFU is measured (`plan.measured`), stated (`plan.mfu`) or the cluster's, and the
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,14 +124,16 @@ def _measured(config: TrainConfig) -> float:
     path = Path(config.plan.measured)
     try:
         if path.is_dir():
-            from gpt2train.run_folder import read_metrics, read_run_config
+            from gpt2train.run_folder import VERSIONS, read_json, read_metrics, read_run_config
 
             ran = read_run_config(path)
+            versions = read_json(path / VERSIONS)
+            _refuse_other_device(config, str(versions.get("device", "")))
             entries = [e for e in read_metrics(path) if "tokens_per_s" in e][1:]  # the first one starts things up
             known = [e["mfu"] for e in entries if e.get("mfu")]
             if not known and (peak := peak_flops(config)):
                 # The run may have had several ranks, of the same kind.
-                ranks = json.loads((path / "versions.json").read_text()).get("processes", 1)
+                ranks = versions.get("processes", 1)
                 known = [e["tokens_per_s"] * flops_per_token(ran.model) / (peak * ranks) for e in entries]
             if known:
                 return statistics.median(known)
@@ -142,6 +145,24 @@ def _measured(config: TrainConfig) -> float:
     except (OSError, ValueError) as error:
         raise ConfigError([f"plan.measured={path}: cannot be read ({error}); give a run folder"]) from None
     raise ConfigError([f"plan.measured={path}: holds no utilization (`mfu`); give a run of more than one step"])
+
+
+def _refuse_other_device(config: TrainConfig, device: str) -> None:
+    """Raises ConfigError for a run that was measured on another kind of device than the cluster's.
+
+    device: as torch names it, "cpu", or "" of a run that did not record it. GPUs are told apart by their models' names
+    ("H100"), where both have one.
+    """
+    cluster = config.cluster
+    here, there = (set(re.findall(r"\b[A-Z]+\d+[A-Z]*\b", name)) for name in (cluster.device, device))
+    other_model = bool(here and there and not here & there)
+    if device and ((device == "cpu") == cluster.on_gpu or (cluster.on_gpu and other_model)):
+        raise ConfigError(
+            [
+                f"plan.measured={config.plan.measured}: was measured on {device}, cluster={cluster.name} is "
+                f"{cluster.device or 'of GPUs'}; give a run of such a device, or plan.mfu=0.4 and no plan.measured"
+            ]
+        )
 
 
 def _mfus(content: Any, model: str) -> list[tuple[str, float]]:

@@ -143,11 +143,17 @@ def summary(f: Forecast, config: TrainConfig, ranks: int) -> list[str]:
     energy = f"{f.kilowatt_hours:,.0f} kWh at rated power" if f.kilowatt_hours is not None else None
     hours = [f"{f.seconds * ranks / 3600:,.0f} {device} hours", cost or "cost unknown (give cluster.gpu_hour_price)"]
     told = [
-        f"  {f.tokens_per_s:,.0f} tokens/s ({f.tokens_per_s / ranks:,.0f} each) at MFU {f.mfu:.1%} ({f.mfu_source})",
+        f"  {f.tokens_per_s:,.0f} tokens/s ({f.tokens_per_s / ranks:,.0f} each) at MFU {_percent(f.mfu)} "
+        f"({f.mfu_source})",
         f"  {', '.join([duration(f.seconds), *hours, *([energy] if energy else [])])}",
         f"  disk: {_size(f.data_bytes)} of token shards for one pass, {_size(f.checkpoint_bytes)} of checkpoints",
     ]
     return told
+
+
+def _percent(share: float) -> str:
+    """45.0%, or of less than a hundredth its first two digits, so that none is told as nothing: 0.0031%."""
+    return f"{share:.1%}" if share >= 0.01 or not share else f"{100 * share:.2g}%"
 
 
 def duration(seconds: float) -> str:
