@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy.stats import binomtest
+from test_export import make_run
 from tiny_models import one_thread  # noqa: F401 (a fixture that every test here uses)
 
 from data_pipeline.clean import personal
@@ -22,11 +23,13 @@ from data_pipeline.token_shards import TokenShards, TokenSplit
 from data_pipeline.token_writer import TokenShardWriter
 from data_pipeline.tokenizer import END_OF_TEXT
 from data_pipeline.tokenizer import load as load_tokenizer
+from gpt2train.checkpoint import read_state
 from gpt2train.config import ModelConfig
 from gpt2train.errors import ConfigError
 from gpt2train.model import GPT
 from gpt2train.release import repeats
 from gpt2train.release.audit import audit, masked, wilson
+from gpt2train.release.card import model_card
 from gpt2train.release.config import AuditConfig
 from gpt2train.release.export import _write_json
 from gpt2train.release.hf import hf_config, to_hf_state
@@ -159,6 +162,23 @@ def test_the_same_audit_again_is_the_same(result: dict[str, Any], model: Path, d
     again = json.loads((tmp_path / "b.json").read_text())
     for name in ("windows", "by_copies", "examples", "personal"):
         assert again[name] == result[name]
+
+
+def test_shards_that_are_not_those_of_the_training_are_told(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")  # its versions.json names other token shards
+    for trained_on in ("f" * 64, TokenShards.open(data).fingerprint):
+        (run / "versions.json").write_text(json.dumps({"data": {"path": str(data), "fingerprint": trained_on}}))
+        config = AuditConfig(run=str(run), windows=4, prompt_tokens=6, continuation_tokens=5, documents=4)
+        assert audit(config) == 0
+        found = json.loads((run / "audit.json").read_text())["data"]
+        fingerprint = TokenShards.open(data).fingerprint
+        assert (found["fingerprint"], found["trained_on"]) == (fingerprint, trained_on)
+        told = [line for line in capsys.readouterr().err.split("\n") if "not the token shards" in line]
+        card = model_card(run / "checkpoints" / "step_00000020", read_state(run / "checkpoints" / "step_00000020"))
+        assert ("not all that was trained on" in card) == bool(told) == (trained_on != fingerprint)
+        assert all(f"fingerprint {fingerprint}, trained on {trained_on}" in line for line in told)
 
 
 # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────────────

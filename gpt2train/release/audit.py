@@ -40,7 +40,7 @@ from gpt2train.model import GPT
 from gpt2train.release.config import AuditConfig, check_audit
 from gpt2train.release.hf import choose_device, is_hf_folder, load_model
 from gpt2train.release.repeats import count_texts, count_windows, repeated_windows
-from gpt2train.run_folder import AUDIT, data_folder, replace_file, run_dir_of
+from gpt2train.run_folder import AUDIT, VERSIONS, data_folder, read_json, replace_file, run_dir_of
 
 SHOWN = 20
 """Windows said by heart that are listed with their text and URLs."""
@@ -64,14 +64,27 @@ def audit(config: AuditConfig) -> int:
         raise ConfigError(faults)
     sentences = _sentences(config.sentences)
     folder = config.data or _recorded_data(config.run)
-    split = TokenShards.open(folder, verify=False).split("train")
+    shards = TokenShards.open(folder, verify=False)
+    split, trained_on = shards.split("train"), _trained_on(config.run)
+    if trained_on not in (None, shards.fingerprint):
+        print(
+            f"data={folder}: not the token shards that run={config.run} was trained on (fingerprint "
+            f"{shards.fingerprint}, trained on {trained_on}); text that was taken out since, as by corpus forget=, is "
+            f"not tested: give data= the folder of then, or sentences= what was taken out",
+            file=sys.stderr,
+        )
     model = lay_for_decoding(load_model(config.run, choose_device(config.device)))
     refuse_fewer_tokens(model, config.run)
     tokenizer = load_tokenizer()
     result: dict[str, Any] = {
         "run": config.run,
         "checkpoint": None if is_hf_folder(config.run) else checkpoint.resolve(config.run).name,
-        "data": {"folder": str(folder), "tokens": split.tokens},
+        "data": {
+            "folder": str(folder),
+            "tokens": split.tokens,
+            "fingerprint": shards.fingerprint,
+            "trained_on": trained_on,
+        },
         "prompt_tokens": config.prompt_tokens,
         "continuation_tokens": config.continuation_tokens,
         "seed": config.seed,
@@ -291,6 +304,14 @@ def _recorded_data(run: str) -> str:
     if folder is None:
         raise ConfigError([f"data='': run={run} does not say what it was trained on; give data=corpus/tokens"])
     return str(folder)
+
+
+def _trained_on(run: str) -> str | None:
+    """Fingerprint of the token shards that a run was trained on; None where it does not say."""
+    if is_hf_folder(run):
+        return None
+    found = read_json((run_dir_of(run) or Path(run)) / VERSIONS).get("data", {}).get("fingerprint")
+    return found if isinstance(found, str) else None
 
 
 def _default_out(run: str) -> Path:

@@ -229,6 +229,9 @@ def _audit(found: Mapping[str, Any], checkpoint: Path) -> str:
             f"{windows['said']:,} of {windows['tried']:,} ({low:.2%} to {high:.2%})",
         )
     ]
+    data = found.get("data", {})
+    if data.get("trained_on") not in (None, data.get("fingerprint")):
+        rows.append(("the text looked at", "not all that was trained on: the token shards were changed since"))
     for kind, part in found["personal"].items():
         rows.append((f"{kind} in the training text, said", f"{part['said']:,} of {part['tried']:,}"))
     return _rows(rows)
