@@ -38,6 +38,9 @@ from data_pipeline.store import (
 )
 from data_pipeline.token_shards import fingerprint
 
+FEW_DOCUMENTS = 30
+"""Of so few documents a mean tells little."""
+
 LEAST_PART_ROWS = 64
 """Pages that are worth a task of their own, with its files and its marker."""
 
@@ -352,6 +355,12 @@ class Stages:
             rewritten, stand = counts["files"] - counts["files_unchanged"], counts["files_unchanged"]
             self.steps.reporter.say(f"tokens: {rewritten:,} files written, {stand:,} stand as they were")
         del counts["files_unchanged"]  # of this run, not of the result
+        if 0 < counts["validation_documents"] < FEW_DOCUMENTS <= counts["documents"]:
+            self.steps.reporter.say(
+                f"tokens: the validation split has {counts['validation_documents']} of {counts['documents']:,} "
+                f"documents ({counts['validation_tokens']:,} tokens): a loss on so few says little; a larger "
+                f"tokenize.validation_fraction than {c.validation_fraction:g} gives it more"
+            )
         self.steps.mark(step, counts, sorted(p for p in corpus.tokens.iterdir() if p.is_file()), before=before)
 
     def _made_from(self, step: Step, parts: Sequence[tuple[Path, Path]]) -> str:

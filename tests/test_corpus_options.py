@@ -137,7 +137,7 @@ def test_what_cannot_be_foretold_is_said(built: tuple[CorpusConfig, Path], capsy
     for override, fault in {
         "quality.c4_lines=true": "must be key=value of language",
         "fetch.retries=3": "must be key=value of language",
-        "quality.min_word=3": "Key 'min_word' not in",
+        "quality.min_wrods=3": "did you mean quality.min_words?",
         "quality.min_words=-3": "must be 0 or more",
         "quality.c4_min_sentences=3": "needs c4_sentences, which this corpus did not measure",
     }.items():

@@ -14,6 +14,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -63,7 +64,11 @@ def parse(overrides: Sequence[str], now: CorpusConfig) -> CorpusConfig:
         try:
             then = OmegaConf.merge(then, OmegaConf.from_dotlist([text]))
         except OmegaConfBaseException as e:
-            faults.append(f"what_if={text}: {str(e).splitlines()[0]}; see --help")
+            group, _, name = key.partition(".")
+            known_names = list(OmegaConf.structured(now)[group]) if name else []
+            near = get_close_matches(name, known_names, n=1)
+            meant = f"did you mean {group}.{near[0]}?" if near else "see --help"
+            faults.append(f"what_if={text}: {str(e).splitlines()[0]}; {meant}")
     config = cast(CorpusConfig, OmegaConf.to_object(then))
     if not faults:
         config.what_if = list(overrides)
