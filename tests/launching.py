@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import termios
 import time
 from pathlib import Path
+from typing import Any
 
 HARMLESS = ["a b", "$(touch bad)", "q'\"", "*", "--log", "-m"]
 
@@ -40,6 +43,27 @@ for _ in range(1200):
         sys.exit(85)
     time.sleep(0.05)
 """
+
+
+class Terminal:
+    """A terminal of its own for one process, which leads its session."""
+
+    def __init__(self) -> None:
+        self._hand, self._inside = os.openpty()
+        self.options: dict[str, Any] = {
+            "stdin": self._inside,
+            "start_new_session": True,
+            "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        }
+        """Of subprocess.Popen, for the process that it is for."""
+
+    def ctrl_c(self) -> None:
+        """Type it: all processes in the foreground get SIGINT."""
+        os.write(self._hand, b"\x03")
+
+    def __del__(self) -> None:
+        os.close(self._hand)
+        os.close(self._inside)
 
 
 def alive(pid: int) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import HARMLESS, RANK, alive, freeze, nobody_left, processes_in
+from launching import HARMLESS, RANK, Terminal, alive, freeze, nobody_left, processes_in
 from ssh_hosts import ADDRESSES, Hosts, missing, two_hosts
 from training import TINY, read_metrics, write_tokens, written_steps
 
@@ -140,14 +140,16 @@ def test_every_rank_of_every_host_gets_its_place(place: Path, starter: str) -> N
     assert nobody_left(place, 5), "a rank's helper was left behind"
 
 
-def test_told_to_stop_the_ranks_of_all_hosts_save(place: Path) -> None:
-    launched = Launched(place, "wait")
+def test_told_to_stop_by_ctrl_c_the_ranks_of_all_hosts_save(place: Path) -> None:
+    terminal = Terminal()
+    launched = Launched(place, "wait", **terminal.options)
     launched.seen()
-    launched.process.send_signal(signal.SIGUSR1)
+    terminal.ctrl_c()
     code, _, err = launched.end()
     assert code == REQUEUE_EXIT_CODE, err
     for rank in range(3):
-        assert launched.log(rank).endswith("saved after SIGUSR1\n")
+        assert launched.log(rank).endswith(f"hello from rank {rank} ü\nsaved after SIGTERM\n")
+    assert "SIGINT: the ranks are told to save and stop" in err
     assert nobody_left(place, 5)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import re
@@ -11,13 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import HARMLESS, RANK, alive, nobody_left, processes_in
+from launching import HARMLESS, RANK, Terminal, alive, nobody_left, processes_in
 
 from gpt2train import errors as training
 from launch import local, machine, ranks
@@ -41,11 +38,6 @@ sys.exit(launch(config, [sys.executable, *sys.argv[3:]], pathlib.Path(sys.argv[2
 """
 
 
-def ctrl_c(terminal: int) -> None:
-    """Type it: the terminal sends SIGINT to all processes in its foreground."""
-    os.write(terminal, b"\x03")
-
-
 class Launched:
     """A launcher in a process of its own with a terminal of its own, in a folder whose name no shell should see."""
 
@@ -55,7 +47,7 @@ class Launched:
         (folder / "rank.py").write_text(RANK)
         self.run_dir = folder / 'a run\'s $(touch bad) "folder"'
         self.ranks = int(options.get("processes", 2))  # type: ignore[call-overload]
-        self.terminal, inside = os.openpty()
+        self.terminal = Terminal()
         self.process = subprocess.Popen(
             [
                 *(
@@ -70,16 +62,13 @@ class Launched:
             stderr=subprocess.PIPE,
             text=True,
             cwd=folder,
-            stdin=inside,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            **self.terminal.options,
         )
-        os.close(inside)
 
     def stop(self, number: signal.Signals) -> None:
         """Send it to the launcher alone; SIGINT as the terminal does."""
         if number is signal.SIGINT:
-            ctrl_c(self.terminal)
+            self.terminal.ctrl_c()
         else:
             self.process.send_signal(number)
 
@@ -94,8 +83,6 @@ class Launched:
 
     def end(self, timeout_s: float = 60) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=timeout_s)
-        with contextlib.suppress(OSError):
-            os.close(self.terminal)
         return self.process.returncode, out, err
 
     def log(self, rank: int) -> str:
