@@ -112,6 +112,7 @@ class TokenSplit:
         self._spans: list[tuple[int, np.ndarray]] | None = None
         self.tokens: int = self._starts[-1]
         """Tokens in the stream."""
+        self.document_count: int = sum(f["documents"] for f in files)
 
     def __len__(self) -> int:
         return self.tokens

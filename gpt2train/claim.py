@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.token_shards import TokenShards, fetch_token_shards, token_cache
+from data_pipeline.token_shards import TokenShards, TokenSplit, fetch_token_shards, token_cache
 from gpt2train import checkpoint
 from gpt2train.config import ModelConfig, TrainConfig
 from gpt2train.data import TokenWindows
@@ -79,6 +79,8 @@ _OURS = {
     PROFILE,
     _DISCARDED,
 }
+FEW_DOCUMENTS = 30
+"""Documents of a validation split below which single ones decide what its loss is."""
 _FREE = ("name", "dropout")
 """What may change of the model while a run goes on: its name, and what is random in it."""
 
@@ -182,20 +184,28 @@ def restarted() -> bool:
     return any(int(os.environ.get(name) or 0) > 0 for name in counts)
 
 
-def claim(run_dir: Path, wanted: dict[str, Any]) -> Claim:
+def claim(run_dir: Path, wanted: dict[str, Any], data: str | Path = "") -> Claim:
     """The run that stands in `run_dir`, or a new one. Raises RunExistsError when it is another run than `wanted`."""
     found = read_json(run_dir / RUN)
     if found.get("format") != FORMAT:
         return Claim(run_dir, run_id=secrets.token_hex(8), identity=wanted, published=-1)
-    refuse_changes(run_dir, wanted, found.get("identity", {}))
+    refuse_changes(run_dir, wanted, found.get("identity", {}), data)
     return Claim(run_dir, run_id=str(found["id"]), identity=wanted, published=int(found["published"]))
 
 
-def refuse_changes(run_dir: Path, wanted: dict[str, Any], stands: dict[str, Any]) -> None:
-    """Raises RunExistsError when a field that both name differs: one line each with then and now."""
+def refuse_changes(run_dir: Path, wanted: dict[str, Any], stands: dict[str, Any], data: str | Path = "") -> None:
+    """Raises RunExistsError when a field that both name differs: one line each with then and now.
+
+    data: where the token shards of `wanted` lie; those of the run are told by what its versions.json has.
+    """
     changed = [name for name in wanted if name in stands and wanted[name] != stands[name]]
     if changed:
-        lines = [f"{name}={_short(wanted[name])}: the run in {run_dir} has {_short(stands[name])}" for name in changed]
+        before = str(read_json(run_dir / VERSIONS).get("data", {}).get("path", ""))
+        places = {"data": (f" ({Path(data).resolve()})" if str(data) else "", f" ({before})" if before else "")}
+        lines = []
+        for name in changed:
+            now, then = places.get(name, ("", ""))
+            lines.append(f"{name}={_short(wanted[name])}{now}: the run in {run_dir} has {_short(stands[name])}{then}")
         raise RunExistsError(
             "\n".join(lines) + "\ngive the run's own value, another run_dir, or overwrite=true to start from nothing"
         )
@@ -262,14 +272,14 @@ def open_run(
                 remote.discard()
             discard(folder)
         newest = _newest(folder, remote)
-        claimed = claim(folder, wanted)
+        claimed = claim(folder, wanted, data)
         step = -1
         if newest is not None:
             state = checkpoint.read_state(newest)
             step = int(state["step"])
             # What was no setting yet when it was saved was as in 2019.
             stands = {f"model.{name}": value for name, value in ModelConfig.from_json(state["model"]).to_json().items()}
-            refuse_changes(folder, wanted, stands | state.get("identity", {}))
+            refuse_changes(folder, wanted, stands | state.get("identity", {}), data)
         refuse_lost_checkpoints(claimed, step)
         found.append((claimed, shards, remote))
         return step
@@ -297,6 +307,9 @@ def open_run(
             run.tell(line)
         if config.evaluate.every_steps > 0 and not run.evaluates:
             run.tell(f"no validation loss: the validation split has no {config.model.context} tokens and a target")
+        elif run.evaluates:
+            for line in _few_to_validate(config, shards.split("validation"), validation_windows):
+                run.tell(line)
         claimed.record()
         _write_records(config, folder, shards, world)
         return 0
@@ -384,6 +397,17 @@ def _changes(config: TrainConfig, folder: Path) -> Iterator[str]:
             f"the learning rate from here on follows the {config.optimizer.schedule.name} schedule of "
             f"{config.steps} steps; the part behind was of {before.get('steps')}"
         )
+
+
+def _few_to_validate(config: TrainConfig, split: TokenSplit, windows: int) -> list[str]:
+    """A line where the validation split is too small for its loss to say much."""
+    if windows >= config.evaluate.sequences and split.document_count >= FEW_DOCUMENTS:
+        return []
+    return [
+        f"validation split: {split.document_count:,} documents, {split.tokens:,} tokens, {windows:,} of "
+        f"evaluate.sequences={config.evaluate.sequences} sequences: the validation loss of so few is a rough one; "
+        f"`corpus` keeps more aside with a larger tokenize.validation_fraction"
+    ]
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -31,6 +31,8 @@ from training import (
 
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import VOCABULARY
+from gpt2train import claim
+from gpt2train.config import EvaluateConfig, TrainConfig
 from gpt2train.data import BatchOrder, TokenWindows
 from gpt2train.errors import REQUEUE_EXIT_CODE
 
@@ -207,7 +209,11 @@ def test_what_cannot_go_on_is_refused(tokens: Path, tmp_path: Path) -> None:
         (settings(tokens, run, **short | {"model__layers": 3}), 2, "model.layers=3: the run in .* has 2"),
         (settings(tokens, run, **short | {"seed": 5}), 2, "seed=5: the run in .* has 1337"),
         (settings(tokens, run, **short | {"batch__sequences": 16}), 2, "batch.sequences=16: the run in .* has 8"),
-        (settings(other_tokens, run, **short), 2, "data=[0-9a-f]+…: the run in .* has [0-9a-f]+…"),
+        (
+            settings(other_tokens, run, **short),
+            2,
+            r"data=[0-9a-f]+… \(/.*/other_tokens\): the run in .* has [0-9a-f]+… \(/.*\)\n",
+        ),
         (settings(tokens, other, **short), 2, "holds thesis.txt and no run; give a new folder"),
         (settings(tmp_path, tmp_path / "new", **short), 2, ""),
         (settings(tokens, tmp_path / "new", **short | {"batch__micro": 3}), 2, "batch.micro=3"),
@@ -269,3 +275,12 @@ def test_two_runs_in_one_folder_and_lost_checkpoints(tokens: Path, tmp_path: Pat
     third = Ranks(tmp_path / "third", [job], 1)
     assert third.wait(60) == [5]
     assert "was published and is gone; restore it" in third.answers()[0]["message"]
+
+
+@pytest.mark.parametrize(("documents", "sequences", "told"), [(20, 2, True), (400, 2, False), (400, 10_000, True)])
+def test_a_small_validation_split_is_told(documents: int, sequences: int, told: bool, tmp_path: Path) -> None:
+    split = TokenShards.open(write_tokens(tmp_path / "tokens", documents=documents)).split("validation")
+    config = TrainConfig(evaluate=EvaluateConfig(sequences=sequences))
+    lines = claim._few_to_validate(config, split, split.tokens // 16)
+    assert len(lines) == told
+    assert all(f": {documents // 10} documents, " in line and "tokenize.validation_fraction" in line for line in lines)
