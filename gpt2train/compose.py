@@ -119,7 +119,7 @@ def compose(
             if folder:
                 faults.append(f"{key}={value}: holds further settings; give one of {', '.join(folder[:6])}")
             else:
-                faults.append(f"{key}={value}: there is no such setting{_nearest(key, known)}")
+                faults.append(f"{key}={value}: there is no such setting{_nearest(key, [*group_list, *known])}")
             continue
         try:
             # Below a free-form dictionary (deepspeed.extra) any key may be set.

@@ -274,14 +274,21 @@ def as_json(measure: Measure) -> dict[str, Any]:
     return found
 
 
+def _number(value: float | None) -> str:
+    """For the table: 4 decimals, or of a million and more 4 digits and the exponent; – for what is not known."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
 def _print(measures: Sequence[Measure], title: str) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("text", overflow="fold")
     for name in ("tokens", "loss", "perplexity", "per word", "bits/byte"):
         table.add_column(name, justify="right", no_wrap=True)
     for m in measures:
-        optional = [f"{v:.4f}" if v is not None else "–" for v in (m.word_perplexity, m.bits_per_byte)]
-        table.add_row(Text(m.name), f"{m.tokens:,}", f"{m.loss:.4f}", f"{m.perplexity:.4f}", *optional)
+        values = (m.loss, m.perplexity, m.word_perplexity, m.bits_per_byte)
+        table.add_row(Text(m.name), f"{m.tokens:,}", *(_number(value) for value in values))
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(Text(title))
     console.print(table)

@@ -59,7 +59,7 @@ def test_all_faults_are_told_at_once() -> None:
     for part in (
         "steps=many",
         "optimizer.lr=-1.0: must be above 0; give 6e-4",
-        "modle=nano: there is no such setting; did you mean",
+        "modle=nano: there is no such setting; did you mean model?",
         "model=nanoo: must be among",
         "zero.stage=7: must be 0, 1, 2 or 3; give 1",
         "data='': must name a folder of token shards; give data=corpus/tokens",

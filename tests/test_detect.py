@@ -173,6 +173,13 @@ def test_a_classifier_is_kept_in_a_file_without_pickle(tmp_path: Path) -> None:
 # ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_scores_alone_are_told_to_be_no_verdict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert detect(DetectConfig(run=str(folder), text="The rain in Spain.")) == 0
+    said = capsys.readouterr().err
+    assert "alone they are no verdict" in said
+    assert "pairs=known.json classifier=detector.npz" in said
+
+
 def test_known_texts_are_measured_and_a_new_one_judged(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -201,7 +208,9 @@ def test_known_texts_are_measured_and_a_new_one_judged(
     )
     config.watermark.key_file = str(tmp_path / "key")
     assert detect(config) == 0
-    lines = [line for line in capsys.readouterr().out.split("\n") if "%" in line]
+    said = capsys.readouterr()
+    assert "no verdict" not in said.err
+    lines = [line for line in said.out.split("\n") if "%" in line]
     assert len(lines) == 3
     p_values = [float(line.split()[-2]) for line in lines]
     assert p_values[0] < 1e-6 < p_values[1]

@@ -24,7 +24,7 @@ from data_pipeline.tokenizer import load as load_tokenizer
 from gpt2train import checkpoint
 from gpt2train.config import ModelConfig
 from gpt2train.errors import ConfigError
-from gpt2train.evaluate import Measure, as_json, evaluate, text_measure, validation_loss
+from gpt2train.evaluate import Measure, _number, as_json, evaluate, text_measure, validation_loss
 from gpt2train.evaluation.config import EvaluateCommandConfig
 from gpt2train.model import GPT
 from gpt2train.release.hf import hf_config, to_hf_state
@@ -183,6 +183,13 @@ def test_what_cannot_be_said_is_null() -> None:
     found = as_json(Measure("x", nats=1e6, tokens=10))
     assert found["loss"] == 1e5
     assert found["perplexity"] is found["word_perplexity"] is found["bits_per_byte"] is None
+
+
+@pytest.mark.parametrize(
+    ("value", "told"), [(None, "–"), (3.25, "3.2500"), (123456.5, "123456.5000"), (1.2345e76, "1.234e+76")]
+)
+def test_a_number_of_77_digits_is_told_by_its_first(value: float | None, told: str) -> None:
+    assert _number(value) == told
 
 
 # -- the command

@@ -33,6 +33,12 @@ from gpt2train.release.hf import choose_device, load_model
 from gpt2train.release.scores import BINS, SCORES, Tokens, read_tokens, roc
 from gpt2train.run_folder import replace_file
 
+NO_VERDICT = (
+    "the higher a score, the likelier the model finds the text; alone they are no verdict, as people's plain prose has "
+    "high ones too. For a probability train a classifier on texts of both kinds, pairs=known.json "
+    "classifier=detector.npz, then give classifier=detector.npz here; docs/release.md says how far to trust it"
+)
+
 
 @dataclass(frozen=True)
 class Judged:
@@ -130,6 +136,8 @@ def _print_texts(judgments: Sequence[Judged], watermark: Watermark | None, known
         row += [f"{probabilities[i]:.1%}"] if known else []
         table.add_row(" ".join(j.text.split()).replace("[", r"\["), *row)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if known is None and watermark is None:
+        print(NO_VERDICT, file=sys.stderr)
 
 
 def _write_page(path: Path, judgments: Sequence[Judged], tokenizer: Tokenizer) -> None:
