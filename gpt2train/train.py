@@ -150,6 +150,7 @@ def _train(
 
         return reader.submit(read)
 
+    peak_before_saves: float | None = None
     try:
         step = run.start_step
         ahead = read_ahead(step + 1)
@@ -244,12 +245,16 @@ def _train(
                 reporter.tasks(step=step, scores=tasks.measure(model))
             if last or _due(step, config.checkpoint.every_steps):
                 doing[0] = f"checkpoint of step {step}"
+                if peak_before_saves is None:
+                    peak_before_saves = distributed.peak_memory_bytes(world.device)
                 _save(config, run, model, saver, uploader, reporter, rule, step, measured)
             if last:
                 saver.wait()
             if last and outcome is not None:
                 peak_bytes = distributed.peak_memory_bytes(world.device)
-                for line in outcome.end(first_step=run.start_step, peak_bytes=peak_bytes):
+                # On a CPU the process's peak has the copies of a save in it, which on a GPU lie elsewhere.
+                of_steps = peak_before_saves if world.device.type == "cpu" and peak_before_saves else peak_bytes
+                for line in outcome.end(first_step=run.start_step, peak_bytes=of_steps, whole_peak_bytes=peak_bytes):
                     reporter.tell(line)
             if stopping and step < config.steps:
                 reporter.tell(f"stopped by a signal after step {step}, saved; the same command goes on from there")

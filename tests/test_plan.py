@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,7 @@ from gpt2train.planning.choose import applied, best, host_bytes, misfit, options
 from gpt2train.planning.config import PlanConfig
 from gpt2train.planning.forecast import forecast, utilization
 from gpt2train.planning.memory import GIB, memory
+from gpt2train.planning.outcome import Outcome
 from gpt2train.planning.table import summary
 from tests.allocations import Allocations
 
@@ -443,3 +445,15 @@ def test_a_plan_reaches_the_ranks(capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_apply_needs_a_cluster() -> None:
     faults = check(replace(settings("model=nano"), plan=PlanConfig(apply=True), data=DataConfig("x")), world_size=1)
     assert any(f.startswith("plan.apply=true: ") for f in faults)
+
+
+def test_the_memory_of_steps_is_compared_with_the_forecast_and_saves_are_told_beside_it(tmp_path: Path) -> None:
+    outcome = Outcome(settings("model=nano", "cluster=cpu", f"run_dir={tmp_path}"), 1)
+    outcome.begin()
+    lines = [json.dumps({"step": i, "tokens_per_s": 100.0}) + "\n" for i in range(1, 20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    told = outcome.end(first_step=0, peak_bytes=1 * GIB, whole_peak_bytes=2 * GIB)
+    assert any(re.match(r"peak memory of a rank: forecast .*, measured 1.00 GiB", line) for line in told)
+    assert "peak memory of a rank, its saves' copies included: forecast unknown, measured 2.00 GiB" in told
+    alike = outcome.end(first_step=0, peak_bytes=1 * GIB, whole_peak_bytes=1 * GIB)
+    assert len(alike) == len(told) - 1

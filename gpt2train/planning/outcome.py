@@ -78,8 +78,11 @@ class Outcome:
         whole = f", {duration(left_s)} for all steps" if rate else ""
         return [f"forecast: {self._forecast['peak_bytes'] / GIB:.2f} GiB a rank at its peak{speed}{whole}"]
 
-    def end(self, *, first_step: int, peak_bytes: float) -> list[str]:
-        """Forecast beside measured, of the steps after `first_step` that this start made; empty where it made none."""
+    def end(self, *, first_step: int, peak_bytes: float, whole_peak_bytes: float | None = None) -> list[str]:
+        """Forecast beside measured, of the steps after `first_step` that this start made; empty where it made none.
+
+        peak_bytes: of what the forecast counts, the steps. whole_peak_bytes: with the saves, told where it is more.
+        """
         rates = [
             e["tokens_per_s"]
             for e in read_metrics(self._folder)
@@ -88,6 +91,8 @@ class Outcome:
         if not rates:
             return []
         measured = {"peak_bytes": peak_bytes, "tokens_per_s": statistics.median(rates), "steps": len(rates)}
+        if whole_peak_bytes is not None and whole_peak_bytes > peak_bytes:
+            measured["whole_peak_bytes"] = whole_peak_bytes
         self._write({"forecast": self._forecast, "measured": measured})
         return [f"{name}: forecast {told}, measured {found}{off}" for name, told, found, off in rows(self._folder)]
 
@@ -104,6 +109,7 @@ def rows(run_dir: Path) -> list[Sequence[str]]:
     made = [
         ("tokens/s", told.get("tokens_per_s"), found.get("tokens_per_s"), "{:,.0f}", 1.0),
         ("peak memory of a rank", told.get("peak_bytes"), found.get("peak_bytes"), "{:,.2f} GiB", GIB),
+        ("peak memory of a rank, its saves' copies included", None, found.get("whole_peak_bytes"), "{:,.2f} GiB", GIB),
     ]
     return [
         (
