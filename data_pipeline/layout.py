@@ -114,7 +114,7 @@ OWN_NAMES = frozenset(
     {*STAGES, "warc", "rescue", "documents", "ledger", "tokens", "README.md"}
     | {"config.yaml", "shards.json", "summary.json", "report.html"}
 )
-"""What a corpus has in its folder and writes over; `forget.json` may lie there before it."""
+"""What a corpus has in its folder and writes over."""
 
 
 def others_names(out: Path) -> list[str]:
@@ -131,6 +131,8 @@ def _was_begun(corpus: Corpus) -> bool:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
+    if corpus.forget_list.exists():  # carried to a corpus that is built anew, with its tombstones
+        return True
     if any(any(corpus.folder(stage).glob("*.done.json")) for stage in (*STAGES, "documents")):
         return True
     with contextlib.suppress(OSError, ValueError, YAMLError, OmegaConfBaseException):
