@@ -173,40 +173,54 @@ class QualityConfig:
     """A bound of 0 (for a minimum) or 1 (for a ratio's maximum) switches its rule off. Sources: see quality.py."""
 
     min_words: int = 0
+    """Least words of a document (Gopher: 50)."""
     max_words: int = 0
-    """0: no upper bound."""
+    """Most words of a document (Gopher: 100,000). 0: no upper bound."""
     min_tokens: int = 0
     """Least GPT-2 tokens (OpenWebText: 128)."""
     min_mean_word_characters: float = 0.0
+    """Least mean length of a document's words, in characters (Gopher: 3)."""
     max_mean_word_characters: float = 0.0
-    """0: no upper bound."""
+    """Largest mean length of a document's words, in characters (Gopher: 10). 0: no upper bound."""
     max_symbol_word_ratio: float = 1.0
     """`#` per word, and ellipses per word (Gopher: 0.1)."""
     max_bullet_line_ratio: float = 1.0
+    """Share of lines that begin with a bullet (Gopher: 0.9)."""
     max_ellipsis_line_ratio: float = 1.0
+    """Share of lines that end with an ellipsis (Gopher: 0.3)."""
     min_alphabetic_word_ratio: float = 0.0
+    """Share of words that hold a letter (Gopher: 0.8)."""
     min_stop_words: int = 0
+    """How many of `the, be, to, of, and, that, have, with` must occur (Gopher: 2)."""
     max_duplicate_line_ratio: float = 1.0
+    """Share of lines that occurred before in the document (Gopher: 0.3)."""
     max_duplicate_line_character_ratio: float = 1.0
+    """Share of characters in such lines (Gopher: 0.2)."""
     max_duplicate_paragraph_ratio: float = 1.0
+    """Share of paragraphs that occurred before in the document (Gopher: 0.3)."""
     max_duplicate_paragraph_character_ratio: float = 1.0
+    """Share of characters in such paragraphs (Gopher: 0.2)."""
     max_top_ngram_character_ratios: list[float] = field(default_factory=list)
-    """For n = 2, 3, 4 (Gopher: .20, .18, .16); empty: off."""
+    """Share of characters in the most frequent n-gram, for n = 2, 3, 4 (Gopher: .20, .18, .16); empty: off."""
     max_duplicate_ngram_character_ratios: list[float] = field(default_factory=list)
-    """For n = 5 to 10 (Gopher: .15, .14, .13, .12, .11, .10); empty: off."""
+    """Share of characters in n-grams that occur more than once, for n = 5 to 10 (Gopher: .15, .14, .13, .12, .11, .10);
+    empty: off."""
     c4_lines: bool = False
     """C4's line rules: lines of fewer than three words, with `javascript` or a policy notice go."""
     c4_terminal_punctuation: bool = False
     """C4's rule that a line must end in . ? ! or a quotation mark (FineWeb leaves it out)."""
     c4_min_sentences: int = 0
+    """Least sentences of a document (C4: 5)."""
     c4_drop_curly_bracket: bool = False
+    """Drop documents that hold `{` (C4)."""
     c4_drop_lorem_ipsum: bool = False
+    """Drop documents that hold "lorem ipsum" (C4)."""
     min_punctuated_line_ratio: float = 0.0
-    """FineWeb: 0.12."""
+    """Share of lines that end in punctuation (FineWeb: 0.12)."""
     max_short_line_ratio: float = 1.0
-    """Lines of at most 30 characters (FineWeb: 0.67)."""
+    """Share of lines of at most 30 characters (FineWeb: 0.67)."""
     max_repeated_line_character_ratio: float = 1.0
-    """Characters in lines that occur more than once (FineWeb: 0.01)."""
+    """Share of characters in lines that occur more than once (FineWeb: 0.01)."""
     max_newline_word_ratio: float = 0.0
     """Newlines per word (FineWeb: 0.3). 0: off."""
     blocked_words_file: str = ""
@@ -223,6 +237,7 @@ class DedupConfig:
     ngram: int = 5
     """Words in a shingle."""
     bands: int = 14
+    """Documents whose signatures agree in all rows of one band are near-duplicates (FineWeb: 14 bands of 8 rows)."""
     rows: int = 8
     """bands × rows permutations; two documents of Jaccard similarity s meet with probability 1-(1-s^rows)^bands."""
     keep: Keep = Keep.longest
